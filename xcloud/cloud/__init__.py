@@ -1,0 +1,1 @@
+"""Adapters to clusters: sessions, placement groups, later autoscaling and prices."""

@@ -1,0 +1,56 @@
+"""Placement groups: one for each pool, on nodes that carry the pool's labels."""
+
+from __future__ import annotations
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from xcloud.cloud.settings import PlacementConfig
+from xcloud.errors import PlacementError
+
+__all__ = ["place_pool", "release_pool"]
+
+
+def place_pool(name: str, pool: PlacementConfig, enforce_labels: bool) -> PlacementGroup:
+    """Reserve one bundle for each worker and wait until they are there.
+
+    The group is gone with the actor that made it.
+
+    Args:
+        name: of the group, for Ray's own tools.
+        pool: what to reserve.
+        enforce_labels: False in a one-machine simulation, whose only node has no labels.
+
+    Raises:
+        PlacementError: names the pool, what it needs and what the cluster offers.
+    """
+    bundle: dict[str, float] = {"CPU": pool.cpus}
+    if pool.on_gpu:
+        bundle["GPU"] = 1
+        if pool.accelerator.lower() != "gpu":
+            bundle[f"accelerator_type:{pool.accelerator}"] = 0.001
+    group = placement_group(
+        [dict(bundle) for _ in range(pool.workers)],
+        strategy=pool.strategy,
+        name=name,
+        bundle_label_selector=[dict(pool.labels)] * pool.workers if pool.labels and enforce_labels else None,
+    )
+    if group.wait(pool.placement_timeout_s):
+        return group
+    state = placement_group_table(group)["stats"]["scheduling_state"]
+    remove_placement_group(group)
+    offered = [
+        f"{ {k: v for k, v in node['Resources'].items() if k in bundle} } {node['Labels']}"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    raise PlacementError(
+        f"pool {name!r}: needs {pool.workers} x {bundle} ({pool.strategy}) on nodes with labels "
+        f"{pool.labels or 'any'}; not there after {pool.placement_timeout_s:.0f} s ({state}). "
+        f"Live nodes: {'; '.join(offered)}"
+    )
+
+
+def release_pool(group: PlacementGroup) -> None:
+    """Give the bundles back."""
+    remove_placement_group(group)

@@ -1,0 +1,368 @@
+"""The job file: one typed YAML, checked as a whole before anything starts.
+
+`load_job` reads it, applies dotted overrides and raises one `ConfigError` that lists every
+problem with its key's path, what was expected and the nearest known name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
+
+from xcloud.aggregators import AGGREGATORS, AggregatorConfig, MeanConfig
+from xcloud.cloud.settings import PlacementConfig
+from xcloud.codecs import CODECS, CodecConfig, IdentityConfig
+from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
+from xcloud.errors import ConfigError
+from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
+from xcloud.policies import FailureConfig
+from xcloud.registry import PartConfig, Registry, nearest
+from xcloud.training.settings import INNER_OPTIMIZERS, SCHEDULES, EngineConfig, InnerConfig, ModelConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "JobConfig",
+    "PoolConfig",
+    "RegionConfig",
+    "dump_job",
+    "load_job",
+    "parse_job",
+]
+
+FAMILIES: tuple[Registry[Any], ...] = (
+    AGGREGATORS,
+    CODECS,
+    OUTER_OPTIMIZERS,
+    SOURCES,
+    TOKENIZERS,
+    INNER_OPTIMIZERS,
+    SCHEDULES,
+)
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PoolConfig(EngineConfig, PlacementConfig):
+    """One homogeneous pool: one accelerator type, one ZeRO group, one placement group."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.workers * self.micro_batch * self.gradient_accumulation
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Sources = Annotated[
+    tuple[Annotated[SerializeAsAny[SourceConfig], BeforeValidator(SOURCES.parse)], ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+]
+
+
+class RegionConfig(_Section):
+    """One cloud region: its pools and the data that stays in it.
+
+    Attributes:
+        name: unique in the job.
+        cloud: the provider it stands for (`aws`, `gcp`, `azure`, `on_prem`, ...).
+        data: one source or a list; read only by this region's own processes.
+        evaluate_on: sources whose held-out split this region evaluates on; default: its own.
+        pools: at least one.
+    """
+
+    name: Annotated[str, Field(pattern=NAME)]
+    cloud: Annotated[str, Field(min_length=1)]
+    data: Sources
+    evaluate_on: Sources | None = None
+    pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1)]
+
+    @property
+    def sequences_per_step(self) -> int:
+        return sum(pool.sequences_per_step for pool in self.pools)
+
+
+class DataConfig(_Section):
+    """How every region prepares its data.
+
+    Attributes:
+        held_out_fraction: share of documents kept for evaluation and never trained on.
+        cache_dir: where packed token files live, on each node; default: the user's cache folder.
+    """
+
+    held_out_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    cache_dir: str | None = None
+
+
+class EvaluationConfig(_Section):
+    """Evaluation of the committed global model on held-out text.
+
+    Attributes:
+        sequences: held-out sequences per region and evaluation; 0 switches evaluation off.
+        every: rounds between evaluations; the last round is always evaluated.
+    """
+
+    sequences: Annotated[int, Field(ge=0)] = 64
+    every: Annotated[int, Field(ge=1)] = 1
+
+
+class CheckpointConfig(_Section):
+    """Checkpoints of committed rounds.
+
+    Attributes:
+        url: folder or fsspec URL that every region and the driver can reach; default: the run folder.
+        every: rounds between checkpoints; 0 keeps only the one at the end of the run.
+        keep: committed checkpoints kept; older ones are deleted.
+    """
+
+    url: str | None = None
+    every: Annotated[int, Field(ge=0)] = 1
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+class JobConfig(_Section):
+    """A whole job. See `docs/job-file.md` for every key."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    rounds: Annotated[int, Field(ge=1)]
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    model: ModelConfig
+    tokenizer: Annotated[SerializeAsAny[TokenizerConfig], BeforeValidator(TOKENIZERS.parse)] = BytesTokenizerConfig()
+    regions: Annotated[tuple[RegionConfig, ...], Field(min_length=1)]
+    inner: InnerConfig = InnerConfig()
+    aggregator: Annotated[SerializeAsAny[AggregatorConfig], BeforeValidator(AGGREGATORS.parse)] = MeanConfig()
+    outer: Annotated[SerializeAsAny[OuterConfig], BeforeValidator(OUTER_OPTIMIZERS.parse)] = NesterovConfig()
+    codec: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
+    chunk_size: Annotated[int, Field(ge=1024, le=1 << 24)] = 1 << 20
+    data: DataConfig = DataConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    failure: FailureConfig = FailureConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    plugins: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JobConfig:
+        names = [region.name for region in self.regions]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"regions: the name {twice[0]!r} is used twice; names must be unique")
+        quorum = self.failure.quorum
+        if quorum is not None and quorum > len(self.regions):
+            raise ValueError(
+                f"failure.quorum is {quorum}, but 'regions' lists only {len(self.regions)}; "
+                "expected at most that many"
+            )
+        for r, region in enumerate(self.regions):
+            for p, pool in enumerate(region.pools):
+                if pool.precision == "fp16" and not pool.on_gpu:
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}]: precision fp16 needs a gpu accelerator; "
+                        "expected fp32 or bf16 on cpu"
+                    )
+        positions = (self.model.config or {}).get("max_position_embeddings")
+        if isinstance(positions, int) and positions < self.sequence_length:
+            raise ValueError(
+                f"sequence_length is {self.sequence_length}, but model.config.max_position_embeddings "
+                f"allows only {positions}"
+            )
+        return self
+
+    def region(self, name: str) -> RegionConfig:
+        return next(region for region in self.regions if region.name == name)
+
+
+def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
+    """Read a job file and apply `path=value` overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted paths with YAML values, for example `inner.steps=50`,
+            `regions.0.pools.0.workers=2` or `regions.us-east-1.pools.0.micro_batch=4`.
+
+    Raises:
+        ConfigError: names the file, each wrong key's path, what was expected and the nearest known name.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such job file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    return parse_job(text, overrides, origin=str(path))
+
+
+def parse_job(text: str, overrides: Iterable[str] = (), origin: str = "job") -> JobConfig:
+    """Like `load_job`, from YAML text; `origin` names it in errors."""
+    try:
+        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin}: expected a mapping of job keys, got {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    plugins = raw.get("plugins")
+    for plugin in plugins if isinstance(plugins, list) else []:
+        _import_plugin(plugin, origin)
+    try:
+        return JobConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(e, raw) for e in error.errors(include_url=False)]
+        raise ConfigError(f"{origin}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
+
+
+def dump_job(job: JobConfig) -> str:
+    """The job as YAML; `parse_job` gives the same job back."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and reads 1e-3 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _import_plugin(plugin: Any, origin: str) -> None:
+    try:
+        importlib.import_module(str(plugin))
+    except ImportError as error:
+        raise ConfigError(f"{origin}: plugins: cannot import {plugin!r}: {error}") from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Apply one `path=value` override in place."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r}: expected path=value, for example inner.steps=50")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    node: Any = raw
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            names = [item.get("name") if isinstance(item, dict) else None for item in node]
+            if key.isdecimal() and int(key) < len(node):
+                index = int(key)
+            elif key in names:
+                index = names.index(key)
+            else:
+                known = ", ".join([str(n) for n in names if n] or [f"0..{len(node) - 1}"])
+                at = ".".join(keys[:depth])
+                raise ConfigError(f"--set {override!r}: {at} has no entry {key!r}; expected one of {known}")
+            if last:
+                node[index] = value
+            node = node[index]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+            elif node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        else:
+            at = ".".join(keys[:depth])
+            if depth and isinstance(node, str):
+                raise ConfigError(f"--set {override!r}: {at} is the name {node!r}; give a mapping with 'type:'")
+            raise ConfigError(f"--set {override!r}: {at} is a single value and has no key {key!r}")
+
+
+def _path(location: Sequence[Any]) -> str:
+    out = ""
+    for part in location:
+        out += f"[{part}]" if isinstance(part, int) else (f".{part}" if out else str(part))
+    return out
+
+
+def _explain(error: Any, raw: Any) -> str:
+    """One pydantic error in a user's words."""
+    location = list(error["loc"])
+    path = _path(location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1], raw)
+        guess = nearest(str(location[-1]), known)
+        hint = f"did you mean {guess!r}?" if guess else "known keys: " + ", ".join(known)
+        return f"{path}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{path}: required key is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    if isinstance(given, dict | list) or error["type"] in {"value_error", "part_unknown"}:
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message}, got {given!r}"
+
+
+def _known_keys(location: Sequence[Any], raw: Any) -> list[str]:
+    """Field names that are allowed at `location` of the raw job."""
+    model: type[BaseModel] | None = JobConfig
+    node = raw
+    for part in location:
+        if isinstance(part, int):
+            node = node[part] if isinstance(node, list) else node
+            continue
+        node = node.get(part) if isinstance(node, dict) else None
+        if model is None or part not in model.model_fields:
+            return []
+        model = _model_in(model.model_fields[part].annotation)
+    if model is not None and issubclass(model, PartConfig):
+        model = _registered(model, node)
+    return sorted(model.model_fields) if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `tuple[Annotated[Model, ...], ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _registered(base: type[PartConfig], node: Any) -> type[PartConfig]:
+    """The registered class that a raw mapping of family `base` stands for."""
+    kind = node.get("type") if isinstance(node, dict) else None
+    for family in FAMILIES:
+        if family.base is base and isinstance(kind, str):
+            return family.get(kind) or base
+    return base

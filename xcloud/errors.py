@@ -1,0 +1,79 @@
+"""One tree of errors for everything a user can cause or meet.
+
+Every error names the thing it is about (file, key, region or peer), says what was
+expected and what to do next. `assert` is kept for invariants of our own code.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AggregationError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergenceError",
+    "ExportError",
+    "MessageError",
+    "ModelError",
+    "NonFiniteUpdateError",
+    "PlacementError",
+    "QuorumError",
+    "RegionError",
+    "XCloudError",
+]
+
+
+class XCloudError(Exception):
+    """Base of every error that xcloud raises on purpose."""
+
+
+class ConfigError(XCloudError, ValueError):
+    """The job file (or an override) is wrong. Nothing has been started."""
+
+
+class DataError(XCloudError):
+    """A data source cannot be read, is empty, or does not match what was packed before."""
+
+
+class ModelError(XCloudError):
+    """A model or tokenizer cannot be built, or does not fit the job."""
+
+
+class PlacementError(XCloudError):
+    """No set of nodes can hold a pool."""
+
+
+class RegionError(XCloudError):
+    """A region failed: it died, or one of its ranks raised."""
+
+    def __init__(self, region: str, message: str) -> None:
+        super().__init__(f"region {region!r}: {message}")
+        self.region = region
+
+
+class NonFiniteUpdateError(RegionError):
+    """A region's update holds NaN or Inf; it is refused before it can reach the sum."""
+
+
+class AggregationError(XCloudError):
+    """The aggregation actor could not fold the updates of a round."""
+
+
+class DivergenceError(AggregationError):
+    """Regions that must hold the same model do not."""
+
+
+class QuorumError(XCloudError):
+    """Too few regions answered, and the failure policy says to stop."""
+
+
+class MessageError(XCloudError, ValueError):
+    """A message does not match its schema; its sender is named."""
+
+
+class CheckpointError(XCloudError):
+    """A checkpoint is missing, damaged or belongs to another job."""
+
+
+class ExportError(XCloudError):
+    """The model cannot be exported."""

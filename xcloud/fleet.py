@@ -1,0 +1,243 @@
+"""Who takes part: the regions of a run, alive, late or lost, and their way back.
+
+The driver asks the fleet; the fleet keeps score. A region that fails is killed and
+restarted as a whole, in the background; one that misses a deadline is left to finish.
+Either comes back only by loading the last committed round: never with what it had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+from xcloud.errors import DivergenceError, RegionError
+from xcloud.messages import Applied, Progress, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, SaveOrder, Saved, json_safe
+from xcloud.metrics import RunLog
+from xcloud.policies import FailureConfig
+
+__all__ = ["Fleet", "RegionHandle"]
+
+T = TypeVar("T")
+
+TICK_S = 0.5
+
+
+class RegionHandle(Protocol):
+    """A region as the driver sees it; every call returns at once with a future."""
+
+    name: str
+
+    def start(self, evaluate: bool) -> Future[RegionReady]: ...
+
+    def run(self, plan: RoundPlan) -> Future[tuple[RegionReport, list[Any]]]: ...
+
+    def apply(self, total: RoundSum, handles: Sequence[Any], evaluate: bool) -> Future[Applied]: ...
+
+    def discard(self) -> Future[None]: ...
+
+    def save(self, order: SaveOrder) -> Future[Saved]: ...
+
+    def restore(self, order: RestoreOrder) -> Future[RegionReady]: ...
+
+    def progress(self) -> Future[Progress | None]: ...
+
+    def kill(self) -> None: ...
+
+
+class State(str, Enum):
+    """Where a region stands."""
+
+    READY = "ready"
+    LATE = "late"
+    LOST = "lost"
+    STARTING = "starting"
+    GONE = "gone"
+
+
+@dataclass
+class Member:
+    """One region's standing."""
+
+    handle: RegionHandle
+    state: State = State.STARTING
+    busy: Future[Any] | None = None
+    restarts: int = 0
+
+
+class Fleet:
+    """The regions of one run.
+
+    Args:
+        names: of the regions, in the job's order.
+        build: makes a handle, and with it the region's processes.
+        policy: how often a region may be restarted.
+        log: told of every change of state.
+    """
+
+    def __init__(
+        self, names: Sequence[str], build: Callable[[str], RegionHandle], policy: FailureConfig, log: RunLog
+    ) -> None:
+        self._build = build
+        self._policy = policy
+        self._log = log
+        self._members = {name: Member(build(name)) for name in names}
+        self._asked: dict[str, Future[Progress | None]] = {}
+
+    @property
+    def ready(self) -> list[str]:
+        """Regions that can be asked now, in the job's order."""
+        return [name for name, m in self._members.items() if m.state is State.READY]
+
+    @property
+    def recovering(self) -> list[str]:
+        """Regions that are away but may come back."""
+        away = (State.LATE, State.LOST, State.STARTING)
+        return [name for name, m in self._members.items() if m.state in away]
+
+    def start(self, evaluate: bool) -> dict[str, RegionReady]:
+        """Start all regions; a region that cannot start the first time ends the run.
+
+        Raises:
+            XCloudError: what the region says is wrong.
+        """
+        began = time.monotonic()
+        for name in self._members:
+            self._log.event("region_starting", region=name, attempt=1)
+        futures = {m.handle.start(evaluate): name for name, m in self._members.items()}
+        answers: dict[str, RegionReady] = {}
+        for future in self._as_done(futures, None):
+            name = futures[future]
+            answers[name] = future.result()
+            self._members[name].state = State.READY
+            self._log_ready(answers[name], time.monotonic() - began)
+        return {name: answers[name] for name in self._members}
+
+    def ask(
+        self,
+        call: Callable[[RegionHandle], Future[T]],
+        round: int,
+        deadline_s: float | None = None,
+        on_answer: Callable[[str, T], None] | None = None,
+    ) -> dict[str, T]:
+        """Ask every ready region at once; returns the answers in the job's order.
+
+        A region that fails is lost, one that misses the deadline is late; neither is in the
+        answers, nor ready any more.
+
+        Raises:
+            XCloudError: an answer that is nobody's failure but the job's (a full disk, ...).
+        """
+        futures = {call(self._members[name].handle): name for name in self.ready}
+        answers: dict[str, T] = {}
+        for future in self._as_done(futures, deadline_s):
+            name = futures[future]
+            try:
+                answers[name] = future.result()
+            except (RegionError, DivergenceError) as error:
+                self.lose(name, round, str(error))
+                continue
+            if on_answer is not None:
+                on_answer(name, answers[name])
+        for future, name in futures.items():
+            if not future.done():
+                self._members[name].state, self._members[name].busy = State.LATE, future
+                self._log.event("region_late", region=name, round=round)
+        return {name: answers[name] for name in self._members if name in answers}
+
+    def lose(self, name: str, round: int, reason: str) -> None:
+        """Give up a region's processes; it may be restarted."""
+        member = self._members[name]
+        member.state, member.busy = State.LOST, None
+        self._log.event("region_failed", region=name, round=round, reason=reason)
+        member.handle.kill()
+
+    def recover(self, order: Callable[[str], RestoreOrder | None], round: int, needed: int) -> None:
+        """Restart lost regions and take back those that are up again.
+
+        Blocks only while fewer than `needed` regions are ready and one may still come back.
+
+        Args:
+            order: what a region has to load; None when nothing is committed yet.
+            round: about to be played.
+            needed: regions the round cannot do without.
+        """
+        while True:
+            for name, member in self._members.items():
+                if member.state is State.LOST:
+                    self._restart(name, member)
+            self._take_back(order, round)
+            waiting = {m.busy: n for n, m in self._members.items() if m.busy is not None}
+            if len(self.ready) >= needed or not waiting:
+                return
+            wait(waiting, timeout=TICK_S, return_when=FIRST_COMPLETED)
+
+    def close(self) -> None:
+        """End all regions' processes."""
+        for member in self._members.values():
+            member.handle.kill()
+
+    def _restart(self, name: str, member: Member) -> None:
+        if member.restarts >= self._policy.max_restarts:
+            member.state = State.GONE
+            self._log.event("region_gone", region=name, restarts=member.restarts)
+            return
+        member.restarts += 1
+        self._log.event("region_starting", region=name, attempt=member.restarts + 1)
+        member.handle = self._build(name)
+        member.state, member.busy = State.STARTING, member.handle.start(False)
+
+    def _take_back(self, order: Callable[[str], RestoreOrder | None], round: int) -> None:
+        for name, member in self._members.items():
+            if member.busy is None or not member.busy.done():
+                continue
+            done, member.busy = member.busy, None
+            failed = done.exception()
+            if isinstance(failed, RegionError | DivergenceError):
+                self.lose(name, round, str(failed))
+                continue
+            done.result()  # anything else is not the region's failure
+            restore = order(name)
+            if restore is None and member.state is State.LATE:
+                self.lose(name, round, "it was late before anything was committed; it starts again")
+                continue
+            if restore is not None:
+                try:
+                    member.handle.restore(restore).result()
+                except (RegionError, DivergenceError) as error:
+                    self.lose(name, round, str(error))
+                    continue
+            member.state = State.READY
+            self._log.event("region_rejoined", region=name, round=round)
+
+    def _as_done(self, futures: Collection[Future[Any]], deadline_s: float | None) -> Any:
+        """Futures as they complete, with progress in between; stops at the deadline."""
+        end = None if deadline_s is None else time.monotonic() + deadline_s
+        waiting = set(futures)
+        while waiting:
+            left = TICK_S if end is None else min(TICK_S, end - time.monotonic())
+            if left <= 0:
+                return
+            done, waiting = wait(waiting, timeout=left, return_when=FIRST_COMPLETED)
+            yield from done
+            self._poll_progress()
+
+    def _poll_progress(self) -> None:
+        """Ask once at a time, never wait: a busy or dead region must not hold up the rest."""
+        for name in self.ready:
+            asked = self._asked.get(name)
+            if asked is not None and asked.done() and asked.exception() is None:
+                progress = asked.result()
+                if progress is not None:
+                    self._log.progress(progress)
+            if asked is None or asked.done():
+                self._asked[name] = self._members[name].handle.progress()
+
+    def _log_ready(self, ready: RegionReady, seconds: float) -> None:
+        fields = json_safe(ready)
+        for key in ("manifest_digest", "model_digest", "eval_tokens"):
+            del fields[key]
+        self._log.event("region_ready", **fields, seconds=seconds)

@@ -1,0 +1,215 @@
+"""What a run knows of itself between rounds: the figures that a commit makes permanent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
+from xcloud.config import JobConfig, dump_job, load_job
+from xcloud.errors import CheckpointError, DivergenceError
+from xcloud.manifest import chunk_lengths
+from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
+from xcloud.metrics import RegionRow, RoundRow
+
+__all__ = ["Ledger", "keep_job", "mean_loss"]
+
+CHANGEABLE = ("rounds", "failure", "checkpoint", "evaluation")
+"""Job keys that may differ when a run is resumed; so may the regions' pools."""
+
+
+class Ledger:
+    """Committed round, model, cursors and totals of one run."""
+
+    def __init__(self, job: JobConfig, store: CheckpointStore) -> None:
+        self.job = job
+        self.store = store
+        self.round = 0
+        self.model_digest = ""
+        self.manifest_digest = ""
+        self.lengths: list[int] = []
+        self.cursors = {region.name: 0 for region in job.regions}
+        self.tokens = 0
+        self.eval_start: float | None = None
+        self.eval_loss: float | None = None
+        self.saved: CommitRecord | None = None
+
+    def begin(self, ready: Mapping[str, RegionReady]) -> None:
+        """Take the fresh regions' common model as round 0.
+
+        Raises:
+            DivergenceError: regions start from different layouts or weights.
+        """
+        first = next(iter(ready.values()))
+        for answer in ready.values():
+            for what, mine, theirs in (
+                ("parameter layouts", first.manifest_digest, answer.manifest_digest),
+                ("initial weights", first.model_digest, answer.model_digest),
+            ):
+                if mine != theirs:
+                    raise DivergenceError(
+                        f"regions {first.region!r} and {answer.region!r} start from different {what} "
+                        f"({mine[:12]}, {theirs[:12]}); check that they run the same versions"
+                    )
+        self.manifest_digest, self.model_digest = first.manifest_digest, first.model_digest
+        self.lengths = chunk_lengths(first.parameters, self.job.chunk_size)
+        self.eval_start = self.eval_loss = mean_loss(ready.values())
+
+    def resume(self, record: CommitRecord) -> None:
+        """Go on from a commit.
+
+        Raises:
+            CheckpointError: it was made with another layout of parameters.
+        """
+        if record.manifest_digest != self.manifest_digest:
+            raise CheckpointError(
+                f"{self.store.url}: round {record.round} holds another model layout or chunk_size than this job"
+            )
+        self.round, self.model_digest, self.saved = record.round, record.model_digest, record
+        self.cursors |= {name: state.cursor for name, state in record.regions.items()}
+        self.tokens, self.eval_start, self.eval_loss = record.tokens, record.eval_loss_start, record.eval_loss
+
+    def restore_order(self, name: str) -> RestoreOrder | None:
+        """What region `name` has to load to stand at the committed round; None at round 0."""
+        if self.saved is None:
+            return None
+        assert self.saved.round == self.round, "a region may only come back to the committed round"
+        state = self.saved.regions.get(name)
+        return RestoreOrder(
+            round=self.round,
+            inner_round=state.inner_round if state else None,
+            cursor=self.cursors[name],
+            model_digest=self.model_digest,
+            files=(*self.saved.model_files, *(state.files if state else ())),
+        )
+
+    def close_round(
+        self, plan: RoundPlan, reports: Mapping[str, RegionReport], total: RoundSum, applied: Mapping[str, Applied], wall_s: float
+    ) -> RoundRow:
+        """Book a merged and applied round; returns its row.
+
+        Raises:
+            DivergenceError: the regions do not hold the same model after the outer step.
+        """
+        digests = {name: answer.model_digest for name, answer in applied.items()}
+        if len(set(digests.values())) != 1:
+            held = ", ".join(f"{name}: {digest[:12]}" for name, digest in digests.items())
+            raise DivergenceError(f"round {plan.round}: the regions hold different models after the outer step ({held})")
+        self.round, self.model_digest = plan.round, next(iter(digests.values()))
+        self.cursors |= {name: report.cursor for name, report in reports.items()}
+        tokens = sum(report.tokens for report in reports.values())
+        self.tokens += tokens
+        loss = mean_loss(applied.values())
+        self.eval_loss = self.eval_loss if loss is None else loss
+        compute_s = max(report.compute_s for report in reports.values())
+        eval_s = max(answer.eval_s for answer in applied.values())
+        return RoundRow(
+            round=plan.round,
+            attempt=plan.attempt,
+            train_loss=sum(r.train_loss * r.tokens for r in reports.values()) / max(1, tokens) if tokens else math.nan,
+            eval_loss=loss,
+            tokens=tokens,
+            bytes_up=sum(report.bytes_up for report in reports.values()),
+            bytes_down=total.bytes_down * len(applied),
+            compute_s=compute_s,
+            sync_s=max(0.0, wall_s - compute_s - eval_s),
+            regions={name: self._region_row(report, total, applied.get(name)) for name, report in reports.items()},
+            model_digest=self.model_digest,
+        )
+
+    def _region_row(self, report: RegionReport, total: RoundSum, applied: Applied | None) -> RegionRow:
+        return RegionRow(
+            tokens=report.tokens,
+            train_loss=report.train_loss,
+            eval_loss=applied.eval_loss if applied and applied.eval_tokens else None,
+            tokens_per_s=report.tokens / report.compute_s if report.compute_s else 0.0,
+            bytes_up=report.bytes_up,
+            bytes_down=total.bytes_down if applied else 0,
+            compute_s=report.compute_s,
+            sync_s=report.encode_s + (applied.apply_s if applied else 0.0),
+            update_norm=report.update_norm,
+            cursor=report.cursor,
+        )
+
+    def commit(self, saved: Mapping[str, Saved], donor: str) -> CommitRecord:
+        """Write the commit record of the current round; regions that were away keep their last inner state."""
+        regions = {}
+        for name, cursor in self.cursors.items():
+            files = tuple(f for f in saved[name].files if not f.path.startswith("model/")) if name in saved else ()
+            inner_round: int | None = self.round if name in saved else None
+            previous = self.saved.regions.get(name) if self.saved else None
+            if name not in saved and previous is not None and self.saved is not None:
+                self.store.carry(self.saved.round, self.round, previous.files)
+                files, inner_round = previous.files, previous.inner_round
+            regions[name] = RegionState(cursor=cursor, inner_round=inner_round, files=files)
+        record = CommitRecord(
+            job=self.job.name,
+            round=self.round,
+            manifest_digest=self.manifest_digest,
+            model_digest=self.model_digest,
+            regions=regions,
+            model_files=tuple(f for f in saved[donor].files if f.path.startswith("model/")),
+            chunk_size=self.job.chunk_size,
+            tokens=self.tokens,
+            eval_loss_start=self.eval_start,
+            eval_loss=self.eval_loss,
+        )
+        self.store.commit(record)
+        self.saved = record
+        self.store.prune(self.job.checkpoint.keep)
+        return record
+
+
+def mean_loss(answers: Iterable[RegionReady | Applied]) -> float | None:
+    """Token-weighted mean of the regions' held-out losses; None when none was evaluated."""
+    answers = list(answers)
+    tokens = sum(answer.eval_tokens for answer in answers)
+    return sum(a.eval_loss * a.eval_tokens for a in answers if a.eval_tokens) / tokens if tokens else None
+
+
+def keep_job(job: JobConfig, run_dir: Path, resume: bool) -> None:
+    """Write the resolved job into the run folder, or check a resumed job against it.
+
+    Raises:
+        CheckpointError: a key that decides the result differs; names it.
+    """
+    path = run_dir / "job.yaml"
+    if resume:
+        if not path.exists():
+            raise CheckpointError(f"{run_dir}: no run to resume here (expected {path.name})")
+        before, after = _fixed(load_job(path)), _fixed(job)
+        changed = _difference(before, after, "")
+        if changed:
+            raise CheckpointError(
+                f"{path}: the run was started with {changed}; a resumed run may change only "
+                f"{', '.join(CHANGEABLE)} and the regions' pools"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_job(job), encoding="utf-8")
+
+
+def _fixed(job: JobConfig) -> dict[str, Any]:
+    """The part of a job that must not change across a resume."""
+    data = job.model_dump(mode="json", exclude=set(CHANGEABLE))
+    for region in data["regions"]:
+        del region["pools"]
+    return data
+
+
+def _difference(before: Any, after: Any, path: str) -> str | None:
+    """The first key that differs, in words."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}):
+            found = _difference(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for index, (one, other) in enumerate(zip(before, after, strict=True)):
+            found = _difference(one, other, f"{path}[{index}]")
+            if found:
+                return found
+        return None
+    return None if before == after else f"{path} = {before!r}, now {after!r}"

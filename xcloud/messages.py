@@ -1,0 +1,211 @@
+"""Everything that crosses a region's boundary: schema-checked headers beside raw buffers.
+
+A message is a frozen, versioned header that travels as JSON; bulk data travels beside it
+as raw chunk buffers, named by chunk id. Pickle never crosses a region boundary, so a
+region that shares the hub's Ray cluster and one that dials in speak the same language.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xcloud.errors import MessageError
+
+__all__ = [
+    "Applied",
+    "CheckpointFile",
+    "Message",
+    "PoolReport",
+    "Progress",
+    "RankInfo",
+    "RegionReady",
+    "RegionReport",
+    "RestoreOrder",
+    "RoundPlan",
+    "RoundSum",
+    "SaveOrder",
+    "Saved",
+    "json_safe",
+]
+
+M = TypeVar("M", bound="Message")
+
+
+class Message(BaseModel):
+    """Base of all headers: immutable, versioned, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    version: Literal[1] = 1
+
+    def to_wire(self) -> bytes:
+        """The header as UTF-8 JSON."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_wire(cls: type[M], data: bytes, sender: str) -> M:
+        """Parse a header from `sender`.
+
+        Raises:
+            MessageError: the bytes are not this message; names sender and field.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(p) for p in first["loc"]) or "header"
+            raise MessageError(f"{cls.__name__} from {sender!r}: {where}: {first['msg']}") from None
+
+
+class RankInfo(Message):
+    """What one rank holds, so that sharding can be seen."""
+
+    rank: int
+    node: str
+    device: str
+    parameter_bytes: int
+    optimizer_state_bytes: int
+    owned_chunks: int
+
+
+class RegionReady(Message):
+    """A region has its engines up and a model in place."""
+
+    region: str
+    manifest_digest: str
+    model_digest: str
+    parameters: int
+    chunks: int
+    data: str
+    train_sequences: int
+    pools: tuple[tuple[RankInfo, ...], ...]
+    eval_loss: float
+    eval_tokens: int
+
+
+class RoundPlan(Message):
+    """What the driver asks of every region in one attempt at one round."""
+
+    job: str
+    round: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+    model_digest: str
+    manifest_digest: str
+    inner_steps: int = Field(ge=0)
+
+
+class Progress(Message):
+    """How far a region is in its current round; asked for while it works."""
+
+    region: str
+    round: int
+    step: int
+    steps: int
+    tokens: int
+    loss: float | None
+    tokens_per_s: float
+
+
+class PoolReport(Message):
+    """What one pool did in one round."""
+
+    pool: int
+    tokens: int
+    loss_sum: float
+    steps: int
+    compute_s: float
+
+
+class RegionReport(Message):
+    """A region's finished local work, ready to be merged.
+
+    `chunk_bytes[i]` is the encoded length of chunk `i`; the buffers travel beside this.
+    """
+
+    region: str
+    round: int
+    attempt: int
+    tokens: int
+    train_loss: float
+    update_norm: float
+    cursor: int
+    chunk_bytes: tuple[int, ...]
+    compute_s: float
+    encode_s: float
+    pools: tuple[PoolReport, ...]
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(self.chunk_bytes)
+
+
+class RoundSum(Message):
+    """The merged update of one round; its chunk buffers travel beside this."""
+
+    round: int
+    attempt: int
+    regions: tuple[str, ...]
+    weights: tuple[float, ...]
+    chunk_bytes: tuple[int, ...]
+    digest: str
+    norm: float
+    fold_s: float
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(self.chunk_bytes)
+
+
+class Applied(Message):
+    """A region has applied the outer step of one round."""
+
+    region: str
+    round: int
+    model_digest: str
+    eval_loss: float
+    eval_tokens: int
+    apply_s: float
+    eval_s: float
+
+
+class CheckpointFile(Message):
+    """One file of a checkpoint, as its writer saw it."""
+
+    path: str
+    size: int
+    digest: str
+
+
+class SaveOrder(Message):
+    """Write this region's state of a committed round; the donor also writes the model."""
+
+    round: int = Field(ge=0)
+    donor: bool
+
+
+class Saved(Message):
+    """What a region has written."""
+
+    region: str
+    round: int
+    files: tuple[CheckpointFile, ...]
+
+
+class RestoreOrder(Message):
+    """Load a committed round.
+
+    `inner_round` is the round whose inner optimizer state to load (None: start it fresh);
+    it may be older than `round` for a region that comes back after a failure.
+    """
+
+    round: int = Field(ge=0)
+    inner_round: int | None
+    cursor: int
+    model_digest: str
+    files: tuple[CheckpointFile, ...]
+
+
+def json_safe(message: Message) -> dict[str, Any]:
+    """The message as plain JSON types, for event logs."""
+    return message.model_dump(mode="json", exclude={"version"})

@@ -1,0 +1,119 @@
+"""Outer optimizers: the step from one committed model to the next.
+
+Every region runs the outer step itself, on its own anchor chunks, from the same merged
+pseudo-gradient; so no server ever holds the model or the outer state, and the regions'
+digests must agree afterwards. All arithmetic is elementwise fp32 in blocks, so that the
+result does not depend on how chunks are shared among ranks.
+
+`sgd` with learning rate 1 over averaged updates is FedAvg (arXiv 1602.05629);
+`nesterov` is DiLoCo (arXiv 2311.08105), in torch's formulation of SGD with Nesterov momentum:
+`v = momentum * v + g; theta = theta - lr * (g + momentum * v)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from xcloud.registry import PartConfig, Registry
+
+__all__ = ["OUTER_OPTIMIZERS", "Nesterov", "NesterovConfig", "OuterConfig", "OuterOptimizer", "SGDConfig"]
+
+BLOCK = 1 << 15
+"""Elements worked on at a time: 128 KiB of fp32, so that a block stays in cache."""
+
+Array = npt.NDArray[np.float32]
+
+
+class OuterOptimizer(Protocol):
+    """Steps anchor chunks in place."""
+
+    slots: tuple[str, ...]
+    """Names of the per-element fp32 states, all starting at zero."""
+
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array]) -> None:
+        """One step on one chunk: fp32, shape (n,); `anchor` and `state` change in place."""
+        ...
+
+
+class OuterConfig(PartConfig):
+    """Base config of the family."""
+
+    type: str
+
+    def build(self) -> OuterOptimizer:
+        raise NotImplementedError  # every registered subclass builds its optimizer
+
+
+OUTER_OPTIMIZERS: Registry[OuterConfig] = Registry("outer optimizer", OuterConfig)
+
+
+class SGD:
+    """`theta = theta - lr * g`."""
+
+    slots: tuple[str, ...] = ()
+
+    def __init__(self, lr: float) -> None:
+        self.lr = np.float32(lr)
+        self._work = np.empty(BLOCK, np.float32)
+
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array]) -> None:
+        del state
+        for start in range(0, anchor.size, BLOCK):
+            theta = anchor[start : start + BLOCK]
+            if self.lr == 1:
+                np.subtract(theta, gradient[start : start + BLOCK], out=theta)
+                continue
+            work = self._work[: theta.size]
+            np.multiply(gradient[start : start + BLOCK], self.lr, out=work)
+            np.subtract(theta, work, out=theta)
+
+
+class Nesterov:
+    """SGD with Nesterov momentum, no dampening."""
+
+    slots: tuple[str, ...] = ("momentum",)
+
+    def __init__(self, lr: float, momentum: float) -> None:
+        self.lr = np.float32(lr)
+        self.momentum = np.float32(momentum)
+        self._work = np.empty(BLOCK, np.float32)
+
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array]) -> None:
+        for start in range(0, anchor.size, BLOCK):
+            block = slice(start, start + BLOCK)
+            theta, g, v = anchor[block], gradient[block], state["momentum"][block]
+            work = self._work[: theta.size]
+            np.multiply(v, self.momentum, out=v)
+            np.add(v, g, out=v)
+            np.multiply(v, self.momentum, out=work)
+            np.add(work, g, out=work)
+            np.multiply(work, self.lr, out=work)
+            np.subtract(theta, work, out=theta)
+
+
+@OUTER_OPTIMIZERS.register
+class SGDConfig(OuterConfig):
+    """`sgd`: with lr 1 this is federated averaging."""
+
+    type: Literal["sgd"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+
+    def build(self) -> OuterOptimizer:
+        return SGD(self.lr)
+
+
+@OUTER_OPTIMIZERS.register
+class NesterovConfig(OuterConfig):
+    """`nesterov`: DiLoCo's outer optimizer."""
+
+    type: Literal["nesterov"] = "nesterov"
+    lr: Annotated[float, Field(gt=0)] = 0.7
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+    def build(self) -> OuterOptimizer:
+        return Nesterov(self.lr, self.momentum)

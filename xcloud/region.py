@@ -1,0 +1,477 @@
+"""A region: its pools, its data and its copy of the model.
+
+`Region` is plain Python. Its inputs and outputs are messages and handles of raw buffers, so
+the same class serves a region inside the hub's Ray cluster (`ClusterRegion` below) and one
+with a cluster of its own. It starts a placement group for each pool and an actor for each
+rank, hands out the round's data, merges its pools in the clear, and answers for its ranks:
+when one of them fails, the region fails, and it is restarted as a whole from a commit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import xxhash
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from xcloud.aggregators import MeanConfig
+from xcloud.cloud.placement import place_pool
+from xcloud.config import JobConfig, PoolConfig, parse_job
+from xcloud.errors import DivergenceError
+from xcloud.messages import (
+    Applied,
+    PoolReport,
+    Progress,
+    RankInfo,
+    RegionReady,
+    RegionReport,
+    RestoreOrder,
+    RoundPlan,
+    RoundSum,
+    SaveOrder,
+    Saved,
+)
+from xcloud.quiet import quiet_environment
+from xcloud.training.spec import Offer, Trained, WorkerSpec
+from xcloud.transport.blobs import Handle, RayBlobs
+from xcloud.transport.calls import call, gather
+
+__all__ = ["ClusterRegion", "Region"]
+
+
+class RankActor:
+    """`RankWorker` inside an actor.
+
+    The worker's module is imported here and not above: torch and DeepSpeed take seconds and
+    hundreds of MB to load, and neither the driver nor a region's own process needs them.
+    """
+
+    def __init__(self, spec: WorkerSpec, blobs: RayBlobs, progress: Any) -> None:
+        self._worker = importlib.import_module("xcloud.training.worker").RankWorker(spec, blobs, progress)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the worker."""
+        return getattr(self._worker, method)(*args)
+
+    def rendezvous(self) -> tuple[str, int]:
+        """An address and a free port on this rank's node for the pool's process group."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return address, int(probe.getsockname()[1])
+
+    def pid(self) -> int:
+        """Process id, for fault tests and memory measurements."""
+        return os.getpid()
+
+
+@dataclass
+class Pool:
+    """One pool's actors."""
+
+    config: PoolConfig
+    group: PlacementGroup
+    ranks: list[Any]
+    infos: tuple[RankInfo, ...] = ()
+
+    def ask(self, method: str, *args: Any) -> list[Any]:
+        """Call a method on every rank; references in rank order."""
+        return [rank.call.remote(method, *args) for rank in self.ranks]
+
+
+@dataclass
+class Pending:
+    """A finished local round that waits to be merged."""
+
+    report: RegionReport
+    handles: list[Handle]
+
+
+class Region:
+    """One cloud region of a job.
+
+    Args:
+        job: the whole job.
+        name: which of its regions this is.
+        enforce_labels: place pools by their node labels.
+        progress: picklable callable for the ranks' progress, or None.
+    """
+
+    def __init__(self, job: JobConfig, name: str, enforce_labels: bool, progress: Any = None) -> None:
+        self.job = job
+        self.name = name
+        self.settings = job.region(name)
+        self.enforce_labels = enforce_labels
+        self.blobs = RayBlobs()
+        self.pools: list[Pool] = []
+        self.cursor = 0
+        self.model_digest = ""
+        self.pending: Pending | None = None
+        self._progress_sink = progress
+        self._progress: dict[int, tuple[int, int, float]] = {}
+        self._round = (0, 0.0)
+        self._lock = threading.Lock()
+
+    # -- life -----------------------------------------------------------------------------
+
+    def start(self, evaluate: bool) -> RegionReady:
+        """Place the pools, start every rank's engine and, if asked, evaluate the first model."""
+        for index, pool in enumerate(self.settings.pools):
+            group = place_pool(f"{self.job.name}/{self.name}/{index}", pool, self.enforce_labels)
+            ranks = [self._spawn(group, index, pool, rank) for rank in range(pool.workers)]
+            self.pools.append(Pool(pool, group, ranks))
+        meetings = gather([pool.ranks[0].rendezvous.remote() for pool in self.pools])
+        started = [
+            reference
+            for pool, meeting in zip(self.pools, meetings, strict=True)
+            for reference in pool.ask("start", *meeting)
+        ]
+        gather(started)
+        self._agree([reference for pool in self.pools for reference in pool.ask("digests")])
+        return self._ready(evaluate)
+
+    def _spawn(self, group: PlacementGroup, index: int, pool: PoolConfig, rank: int) -> Any:
+        job = self.job
+        spec = WorkerSpec(
+            region=self.name,
+            pool=index,
+            rank=rank,
+            world=pool.workers,
+            on_gpu=pool.on_gpu,
+            threads=pool.cpus,
+            seed=job.seed,
+            rounds=job.rounds,
+            sequence_length=job.sequence_length,
+            chunk_size=job.chunk_size,
+            model=job.model,
+            engine=pool,
+            inner=job.inner,
+            outer=job.outer,
+            codec=job.codec,
+            tokenizer=job.tokenizer,
+            data=self.settings.data,
+            evaluate_on=self.settings.evaluate_on,
+            held_out_fraction=job.data.held_out_fraction,
+            cache_dir=job.data.cache_dir or str(Path.home() / ".cache" / "xcloud" / "data"),
+            eval_sequences=job.evaluation.sequences,
+        )
+        environment = quiet_environment() | {"OMP_NUM_THREADS": str(pool.cpus)}
+        if not pool.on_gpu:
+            environment["DS_ACCELERATOR"] = "cpu"
+        options = {
+            "num_cpus": pool.cpus,
+            "num_gpus": 1 if pool.on_gpu else 0,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, rank),
+            "runtime_env": {"env_vars": environment},
+        }
+        return ray.remote(RankActor).options(**options).remote(spec, self.blobs, self._progress_sink)
+
+    # -- one round ------------------------------------------------------------------------
+
+    def run(self, plan: RoundPlan) -> tuple[RegionReport, list[Handle]]:
+        """Train the round and offer the update; a retried round offers the same update again.
+
+        Raises:
+            DivergenceError: the plan is for another model than this region holds.
+            NonFiniteUpdateError: names the parameter that holds NaN or Inf.
+        """
+        if plan.model_digest != self.model_digest:
+            raise DivergenceError(
+                f"region {self.name!r} holds model {self.model_digest[:12]}, "
+                f"round {plan.round} was planned for {plan.model_digest[:12]}"
+            )
+        if self.pending is None or self.pending.report.round != plan.round:
+            self.pending = self._train(plan)
+        self.pending.report = self.pending.report.model_copy(update={"attempt": plan.attempt})
+        return self.pending.report, self.pending.handles
+
+    def _train(self, plan: RoundPlan) -> Pending:
+        with self._lock:
+            self._progress.clear()
+            self._round = (plan.round, time.monotonic())
+        calls, at = [], self.cursor
+        for pool in self.pools:
+            calls.append(pool.ask("train", plan, at))
+            at += plan.inner_steps * pool.config.sequences_per_step
+        trained: list[list[Trained]] = []
+        gather([reference for references in calls for reference in references])
+        trained = [gather(references) for references in calls]
+        reports = tuple(
+            PoolReport(
+                pool=index,
+                tokens=sum(t.tokens for t in ranks),
+                loss_sum=sum(t.loss_sum for t in ranks),
+                steps=sum(t.steps for t in ranks),
+                compute_s=max(t.seconds for t in ranks),
+            )
+            for index, ranks in enumerate(trained)
+        )
+        began = time.perf_counter()
+        chunks, norm_squared = self._offers([report.tokens for report in reports])
+        passes = sum(report.steps for report in reports)
+        report = RegionReport(
+            region=self.name,
+            round=plan.round,
+            attempt=plan.attempt,
+            tokens=sum(report.tokens for report in reports),
+            train_loss=sum(report.loss_sum for report in reports) / passes if passes else math.nan,
+            update_norm=math.sqrt(norm_squared),
+            cursor=at,
+            chunk_bytes=tuple(size for _, size in chunks),
+            compute_s=max(report.compute_s for report in reports),
+            encode_s=time.perf_counter() - began,
+            pools=reports,
+        )
+        return Pending(report, [handle for handle, _ in chunks])
+
+    def _offers(self, tokens: list[int]) -> tuple[list[tuple[Handle, int]], float]:
+        """Encoded chunks of the region's update in chunk order, and its squared norm."""
+        single = len(self.pools) == 1
+        calls = [pool.ask("offer", single) for pool in self.pools]
+        by_pool: list[dict[int, tuple[Handle, int]]] = []
+        norm_squared = 0.0
+        for references in calls:
+            offers: list[Offer] = gather(references)
+            by_pool.append({chunk: (handle, size) for offer in offers for chunk, handle, size in offer.chunks})
+            norm_squared = sum(offer.norm_squared for offer in offers)
+        if single:
+            return [by_pool[0][chunk] for chunk in sorted(by_pool[0])], norm_squared
+        return self._merge_pools(by_pool, tokens)
+
+    def _merge_pools(
+        self, by_pool: list[dict[int, tuple[Handle, int]]], tokens: list[int]
+    ) -> tuple[list[tuple[Handle, int]], float]:
+        """The token-weighted mean of the pools' plain updates, encoded for the wire."""
+        mean, codec = MeanConfig().build(), self.job.codec.build()
+        total = sum(tokens)
+        weights = [t / total if total else 1 / len(tokens) for t in tokens]
+        merged: list[tuple[Handle, int]] = []
+        norm_squared = 0.0
+        for chunk in sorted(by_pool[0]):
+            values = [b.view(np.float32) for b in self.blobs.get([pool[chunk][0] for pool in by_pool])]
+            out = np.empty_like(values[0])
+            mean.combine(values, weights, out)
+            norm_squared += float(np.dot(out, out))
+            encoded = codec.encode(out)
+            merged.append((self.blobs.put(encoded), encoded.nbytes))
+        return merged, norm_squared
+
+    def apply(self, total: RoundSum, handles: Sequence[Handle], evaluate: bool) -> Applied:
+        """Take the outer step from the merged update; the round is this region's new start.
+
+        Raises:
+            DivergenceError: pools of this region end with different models.
+        """
+        began = time.perf_counter()
+        by_chunk = dict(enumerate(handles))
+        self._agree([reference for pool in self.pools for reference in pool.ask("apply", by_chunk)])
+        if self.pending is not None and self.name in total.regions:
+            self.cursor = self.pending.report.cursor
+        self.pending = None
+        applied = time.perf_counter()
+        loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
+        return Applied(
+            region=self.name,
+            round=total.round,
+            model_digest=self.model_digest,
+            eval_loss=loss,
+            eval_tokens=tokens,
+            apply_s=applied - began,
+            eval_s=time.perf_counter() - applied,
+        )
+
+    def discard(self) -> None:
+        """Give up the local work since the last commit; its data will be read again."""
+        gather([reference for pool in self.pools for reference in pool.ask("discard")])
+        self.pending = None
+
+    # -- checkpoints ----------------------------------------------------------------------
+
+    def save(self, order: SaveOrder, url: str) -> Saved:
+        """Write this region's state of a committed round; the donor also writes the model."""
+        references = []
+        for index, pool in enumerate(self.pools):
+            references += pool.ask("save", url, order.round, order.donor and index == 0)
+        files = [file for written in gather(references) for file in written]
+        return Saved(region=self.name, round=order.round, files=tuple(files))
+
+    def restore(self, order: RestoreOrder, url: str) -> RegionReady:
+        """Load a committed round.
+
+        Raises:
+            DivergenceError: what was loaded is not the model that was committed.
+            CheckpointError: the checkpoint is damaged or does not fit.
+        """
+        gather([reference for pool in self.pools for reference in pool.ask("restore", url, order)])
+        self._agree([reference for pool in self.pools for reference in pool.ask("digests")])
+        if self.model_digest != order.model_digest:
+            raise DivergenceError(
+                f"region {self.name!r} loaded model {self.model_digest[:12]} from round {order.round}, "
+                f"the commit says {order.model_digest[:12]}"
+            )
+        self.cursor = order.cursor
+        self.pending = None
+        return self._ready(evaluate=False)
+
+    # -- facts ----------------------------------------------------------------------------
+
+    def _ready(self, evaluate: bool) -> RegionReady:
+        infos = [gather(pool.ask("info")) for pool in self.pools]
+        data, sequences, manifest, parameters, chunks = ray.get(self.pools[0].ranks[0].call.remote("describe"))
+        loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
+        return RegionReady(
+            region=self.name,
+            manifest_digest=manifest,
+            model_digest=self.model_digest,
+            parameters=parameters,
+            chunks=chunks,
+            data=data,
+            train_sequences=sequences,
+            pools=tuple(tuple(pool) for pool in infos),
+            eval_loss=loss,
+            eval_tokens=tokens,
+        )
+
+    def _evaluate(self) -> tuple[float, int]:
+        """Mean held-out loss of the current model, on the first pool."""
+        if self.job.evaluation.sequences == 0:
+            return math.nan, 0
+        parts = gather(self.pools[0].ask("evaluate"))
+        tokens = sum(count for _, count in parts)
+        return sum(loss for loss, _ in parts) / tokens, tokens
+
+    def _agree(self, references: Sequence[Any]) -> None:
+        """Fold the ranks' chunk digests into the model's; pools must hold the same."""
+        seen: dict[int, str] = {}
+        for digests in gather(references):
+            for chunk, digest in digests.items():
+                if seen.setdefault(chunk, digest) != digest:
+                    raise DivergenceError(f"region {self.name!r}: its pools hold different values in chunk {chunk}")
+        self.model_digest = xxhash.xxh3_128_hexdigest("".join(seen[c] for c in sorted(seen)).encode())
+
+    def note_progress(self, pool: int, step: int, tokens: int, loss: float) -> None:
+        """A rank says how far it is."""
+        with self._lock:
+            self._progress[pool] = (step, tokens, loss)
+
+    def progress(self) -> Progress | None:
+        """How far the current round is, or None before the first word of it."""
+        with self._lock:
+            if not self._progress:
+                return None
+            steps, tokens, losses = zip(*self._progress.values(), strict=True)
+            number, began = self._round
+        return Progress(
+            region=self.name,
+            round=number,
+            step=min(steps),
+            steps=self.job.inner.steps,
+            tokens=sum(tokens),
+            loss=sum(losses) / len(losses),
+            tokens_per_s=sum(tokens) / max(1e-9, time.monotonic() - began),
+        )
+
+
+class _ProgressSink:
+    """Picklable: hands a rank's progress to its region's actor without waiting."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def __call__(self, pool: int, step: int, tokens: int, loss: float) -> None:
+        self.actor.note_progress.remote(pool, step, tokens, loss)
+
+
+class RegionActor:
+    """`Region` inside an actor: headers as JSON bytes, buffers as handles."""
+
+    def __init__(self, job: str, name: str, enforce_labels: bool, checkpoint_url: str) -> None:
+        sink = _ProgressSink(ray.get_runtime_context().current_actor)
+        self.region = Region(parse_job(job), name, enforce_labels, sink)
+        self.url = checkpoint_url
+
+    def start(self, evaluate: bool) -> bytes:
+        return self.region.start(evaluate).to_wire()
+
+    def run(self, plan: bytes) -> tuple[bytes, list[Handle]]:
+        report, handles = self.region.run(RoundPlan.from_wire(plan, "driver"))
+        return report.to_wire(), handles
+
+    def apply(self, total: bytes, handles: list[Handle], evaluate: bool) -> bytes:
+        return self.region.apply(RoundSum.from_wire(total, "driver"), handles, evaluate).to_wire()
+
+    def discard(self) -> None:
+        self.region.discard()
+
+    def save(self, order: bytes) -> bytes:
+        return self.region.save(SaveOrder.from_wire(order, "driver"), self.url).to_wire()
+
+    def restore(self, order: bytes) -> bytes:
+        return self.region.restore(RestoreOrder.from_wire(order, "driver"), self.url).to_wire()
+
+    def note_progress(self, pool: int, step: int, tokens: int, loss: float) -> None:
+        self.region.note_progress(pool, step, tokens, loss)
+
+    def progress(self) -> bytes | None:
+        progress = self.region.progress()
+        return progress.to_wire() if progress else None
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of this actor and its ranks, for fault tests and memory measurements."""
+        out = {"region": os.getpid()}
+        for index, pool in enumerate(self.region.pools):
+            for rank, pid in enumerate(gather([r.pid.remote() for r in pool.ranks])):
+                out[f"pool{index}/rank{rank}"] = pid
+        return out
+
+
+class ClusterRegion:
+    """The driver's side of a region in its own Ray cluster."""
+
+    def __init__(self, job_text: str, name: str, enforce_labels: bool, checkpoint_url: str) -> None:
+        self.name = name
+        options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 4}
+        self.actor = ray.remote(RegionActor).options(**options).remote(job_text, name, enforce_labels, checkpoint_url)
+
+    def start(self, evaluate: bool) -> Future[RegionReady]:
+        return call(self.name, self.actor.start.remote(evaluate), lambda r: RegionReady.from_wire(r, self.name))
+
+    def run(self, plan: RoundPlan) -> Future[tuple[RegionReport, list[Handle]]]:
+        reference = self.actor.run.remote(plan.to_wire())
+        return call(self.name, reference, lambda r: (RegionReport.from_wire(r[0], self.name), r[1]))
+
+    def apply(self, total: RoundSum, handles: Sequence[Handle], evaluate: bool) -> Future[Applied]:
+        reference = self.actor.apply.remote(total.to_wire(), list(handles), evaluate)
+        return call(self.name, reference, lambda r: Applied.from_wire(r, self.name))
+
+    def discard(self) -> Future[None]:
+        return call(self.name, self.actor.discard.remote(), lambda r: None)
+
+    def save(self, order: SaveOrder) -> Future[Saved]:
+        return call(self.name, self.actor.save.remote(order.to_wire()), lambda r: Saved.from_wire(r, self.name))
+
+    def restore(self, order: RestoreOrder) -> Future[RegionReady]:
+        reference = self.actor.restore.remote(order.to_wire())
+        return call(self.name, reference, lambda r: RegionReady.from_wire(r, self.name))
+
+    def progress(self) -> Future[Progress | None]:
+        reference = self.actor.progress.remote()
+        return call(self.name, reference, lambda r: Progress.from_wire(r, self.name) if r else None)
+
+    def kill(self) -> None:
+        """End the region's processes now."""
+        ray.kill(self.actor)

@@ -1,0 +1,1 @@
+"""Adapters to DeepSpeed and torch: models, engines and the worker that drives one rank."""

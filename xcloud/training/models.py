@@ -1,0 +1,98 @@
+"""Models: any Hugging Face causal LM, from a config or from safetensors weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from xcloud.errors import ModelError
+from xcloud.training.settings import ModelConfig
+
+__all__ = ["build_config", "build_model", "trainable"]
+
+
+def build_config(settings: ModelConfig, vocab_size: int) -> Any:
+    """The Hugging Face config of a from-scratch model; its vocabulary defaults to the tokenizer's.
+
+    Raises:
+        ModelError: unknown architecture or setting, or a vocabulary smaller than the tokenizer's.
+    """
+    assert settings.config is not None
+    wanted = dict(settings.config)
+    kind = wanted.pop("model_type")
+    wanted.setdefault("vocab_size", vocab_size)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        wanted.setdefault(token, None)
+    try:
+        config = AutoConfig.for_model(kind, **wanted)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"model.config: {str(error).splitlines()[0]}") from None
+    unknown = sorted(set(wanted) - set(config.__class__().to_dict()) - set(_accepted(config)))
+    if unknown:
+        raise ModelError(f"model.config: {kind} knows no setting {unknown[0]!r}")
+    _check_vocabulary(config, vocab_size)
+    return config
+
+
+def build_model(settings: ModelConfig, vocab_size: int, seed: int) -> torch.nn.Module:
+    """A causal LM in fp32 on the host, equal on every rank of every region.
+
+    Args:
+        settings: the job's model section.
+        vocab_size: of the job's tokenizer; the model's may be larger, never smaller.
+        seed: of the random weights of a from-scratch model.
+
+    Raises:
+        ModelError: names the setting, folder or hub id that is wrong.
+    """
+    if settings.config is not None:
+        config = build_config(settings, vocab_size)
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ModelError(f"model.config: {str(error).splitlines()[0]}") from None
+    else:
+        assert settings.pretrained is not None
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                settings.pretrained,
+                revision=settings.revision or "main",
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model.pretrained: cannot load {settings.pretrained!r} as a causal LM with safetensors "
+                f"weights: {str(error).splitlines()[0]}"
+            ) from None
+        _check_vocabulary(model.config, vocab_size)
+    model.config.use_cache = False
+    return model
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters by name; tied weights appear once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _accepted(config: Any) -> list[str]:
+    return [*vars(config), *config.attribute_map]
+
+
+def _check_vocabulary(config: Any, vocab_size: int) -> None:
+    if config.vocab_size < vocab_size:
+        raise ModelError(
+            f"model: its vocabulary of {config.vocab_size} is smaller than the tokenizer's {vocab_size}; "
+            "set model.config.vocab_size or choose the model's own tokenizer"
+        )
+
+
+def quiet_transformers() -> None:
+    """No progress bars and no advice on a rank's output."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,188 @@
+"""Settings of the training layer: model, engine and inner optimization. Light to import."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+
+from xcloud.registry import PartConfig, Registry
+
+__all__ = [
+    "INNER_OPTIMIZERS",
+    "SCHEDULES",
+    "AdamWConfig",
+    "EngineConfig",
+    "InnerConfig",
+    "InnerOptimizerConfig",
+    "ModelConfig",
+    "SGDConfig",
+    "ScheduleConfig",
+]
+
+
+class ModelConfig(BaseModel):
+    """A Hugging Face causal language model, from scratch or pretrained.
+
+    Attributes:
+        config: settings of `AutoConfig.for_model`, with `model_type`; random weights from the job's seed.
+        pretrained: a local folder or hub id; safetensors only, and no code from the hub is run.
+        revision: hub revision of `pretrained`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: dict[str, Any] | None = None
+    pretrained: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ModelConfig:
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError("expected exactly one of 'config' and 'pretrained'")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs 'model_type', the Hugging Face architecture (for example llama)")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("'revision' needs 'pretrained'")
+        return self
+
+
+class EngineConfig(BaseModel):
+    """How DeepSpeed runs one pool.
+
+    Attributes:
+        zero_stage: what DeepSpeed ZeRO shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
+        micro_batch: sequences in one forward pass of one rank.
+        gradient_accumulation: forward passes in one inner step.
+        precision: fp32, bf16 or fp16 (with dynamic loss scaling); master weights stay fp32.
+        activation_checkpointing: recompute activations in the backward pass to save memory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    micro_batch: Annotated[int, Field(ge=1)] = 8
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    activation_checkpointing: bool = False
+
+
+class InnerOptimizerConfig(PartConfig):
+    """Base config of the inner optimizers."""
+
+    type: str
+    lr: Annotated[float, Field(gt=0)]
+
+    def build(self, parameters: Any) -> Any:
+        """A torch optimizer over `parameters` (an iterable of torch.nn.Parameter)."""
+        raise NotImplementedError  # every registered subclass builds its optimizer
+
+
+INNER_OPTIMIZERS: Registry[InnerOptimizerConfig] = Registry("inner optimizer", InnerOptimizerConfig)
+
+
+@INNER_OPTIMIZERS.register
+class AdamWConfig(InnerOptimizerConfig):
+    """`adamw`: decoupled weight decay (arXiv 1711.05101), on matrices only."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+
+    def build(self, parameters: Any) -> Any:
+        import torch  # here, so that reading a job file does not wait for torch
+
+        parameters = list(parameters)
+        matrices = [p for p in parameters if _dimensions(p) >= 2]
+        vectors = [p for p in parameters if _dimensions(p) < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps
+        )
+
+
+@INNER_OPTIMIZERS.register
+class SGDConfig(InnerOptimizerConfig):
+    """`sgd`: plain, or with momentum."""
+
+    type: Literal["sgd"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def build(self, parameters: Any) -> Any:
+        import torch  # here, so that reading a job file does not wait for torch
+
+        return torch.optim.SGD(list(parameters), lr=self.lr, momentum=self.momentum)
+
+
+def _dimensions(parameter: Any) -> int:
+    """Dimensions of a parameter, also of one that ZeRO-3 has already partitioned."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class ScheduleConfig(PartConfig):
+    """Base config of the learning-rate schedules: pure functions of the inner step."""
+
+    type: str
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+    def factor(self, step: int, total: int) -> float:
+        """Factor on the inner learning rate at `step` (from 0) of `total`."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        return self._after(step - self.warmup_steps, max(1, total - self.warmup_steps))
+
+    def _after(self, step: int, total: int) -> float:
+        raise NotImplementedError  # every registered subclass has its shape
+
+
+SCHEDULES: Registry[ScheduleConfig] = Registry("learning-rate schedule", ScheduleConfig)
+
+
+@SCHEDULES.register
+class ConstantConfig(ScheduleConfig):
+    """`constant`: the full learning rate after warm-up."""
+
+    type: Literal["constant"] = "constant"
+
+    def _after(self, step: int, total: int) -> float:
+        del step, total
+        return 1.0
+
+
+@SCHEDULES.register
+class CosineConfig(ScheduleConfig):
+    """`cosine`: down to `final_ratio` of the learning rate at the last step of the job."""
+
+    type: Literal["cosine"] = "cosine"
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+    def _after(self, step: int, total: int) -> float:
+        done = min(1.0, step / total)
+        return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class InnerConfig(BaseModel):
+    """Local training between two merges.
+
+    Attributes:
+        optimizer: inner optimizer; its state is kept across rounds.
+        steps: optimizer steps in one round (H).
+        schedule: over the steps of the whole job; it never restarts.
+        clip_norm: global gradient norm above which gradients are scaled down; null does not clip.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer: Annotated[SerializeAsAny[InnerOptimizerConfig], BeforeValidator(INNER_OPTIMIZERS.parse)] = (
+        AdamWConfig()
+    )
+    steps: Annotated[int, Field(ge=0)] = 30
+    schedule: Annotated[SerializeAsAny[ScheduleConfig], BeforeValidator(SCHEDULES.parse)] = CosineConfig()
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0

@@ -1,0 +1,59 @@
+"""What a region tells its ranks and hears from them. Light to import: no torch, no DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from xcloud.codecs import CodecConfig
+from xcloud.data import SourceConfig, TokenizerConfig
+from xcloud.outer import OuterConfig
+from xcloud.training.settings import EngineConfig, InnerConfig, ModelConfig
+
+__all__ = ["Offer", "Trained", "WorkerSpec"]
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a rank needs to start; built by its region from the job file."""
+
+    region: str
+    pool: int
+    rank: int
+    world: int
+    on_gpu: bool
+    threads: int
+    seed: int
+    rounds: int
+    sequence_length: int
+    chunk_size: int
+    model: ModelConfig
+    engine: EngineConfig
+    inner: InnerConfig
+    outer: OuterConfig
+    codec: CodecConfig
+    tokenizer: TokenizerConfig
+    data: tuple[SourceConfig, ...]
+    evaluate_on: tuple[SourceConfig, ...] | None
+    held_out_fraction: float
+    cache_dir: str
+    eval_sequences: int
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One rank's encoded chunks: `(chunk id, handle, encoded bytes)` and the squared norm of its part."""
+
+    chunks: list[tuple[int, Any, int]]
+    norm_squared: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one rank did in a round."""
+
+    loss_sum: float
+    steps: int
+    tokens: int
+    seconds: float

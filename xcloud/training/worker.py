@@ -1,0 +1,415 @@
+"""The worker behind one rank: a live engine, its share of the anchor, and the update path.
+
+A round, seen from here:
+
+1. `train`: H inner steps on this rank's share of the region's data.
+2. `offer`: for its own chunks, delta = anchor - local, checked, encoded and stored.
+3. `apply`: the outer step on its own anchor chunks from the merged update; then every
+   rank of the pool loads the new anchor into its engine. Digests of the chunks show that
+   all regions hold the same model.
+
+The anchor (the last committed model) and the outer state live in host memory, each rank
+holding only the chunks it owns. The worker is plain Python: `region` wraps it in an actor.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+import xxhash
+
+from xcloud.checkpoint import CheckpointStore, chunk_files
+from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
+from xcloud.errors import CheckpointError, NonFiniteUpdateError
+from xcloud.manifest import Manifest
+from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan
+from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
+from xcloud.training.models import build_model, trainable
+from xcloud.training.parameters import open_parameters
+from xcloud.training.spec import Offer, Trained, WorkerSpec
+
+__all__ = ["BlobStore", "RankWorker"]
+
+Array = npt.NDArray[np.float32]
+
+PROGRESS_EVERY_S = 1.0
+
+
+class BlobStore(Protocol):
+    """Where encoded chunks are put and merged chunks are found."""
+
+    def put(self, buffer: npt.NDArray[np.uint8]) -> Any: ...
+
+    def get(self, handles: Sequence[Any]) -> list[npt.NDArray[np.uint8]]: ...
+
+
+class RankWorker:
+    """One rank of one pool of one region."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        blobs: BlobStore,
+        progress: Callable[[int, int, int, float], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.blobs = blobs
+        self.progress = progress
+
+    def start(self, address: str, port: int) -> RankInfo:
+        """Join the pool's process group, pack the data, build model and engine, load the anchor."""
+        spec = self.spec
+        join_process_group(address, port, spec.rank, spec.world, spec.on_gpu, spec.threads)
+        self.device = device_of(spec.on_gpu)
+        tokenizer = spec.tokenizer.build()
+        self._open_data(tokenizer)
+        model = build_model(spec.model, tokenizer.vocab_size, spec.seed)
+        named = trainable(model)
+        self.manifest = Manifest.of(((n, tuple(p.shape)) for n, p in named.items()), spec.chunk_size)
+        self.owned = self.manifest.owned(spec.rank, spec.world)
+        self.codec = spec.codec.build()
+        self.outer = spec.outer.build()
+        self.anchor = self._empty_owned()
+        self._gather(lambda name: named[name].data.reshape(-1), self.anchor)
+        self.outer_state = {slot: np.zeros_like(self.anchor) for slot in self.outer.slots}
+        self.engine = build_engine(model, spec.engine, spec.inner, spec.world)
+        self.parameters = open_parameters(self.engine, spec.engine.zero_stage)
+        self._spread(self.anchor, self.parameters.write)
+        return self.info()
+
+    def info(self) -> RankInfo:
+        """What this rank holds now."""
+        held = sum(flat.numel() * flat.element_size() for flat in self.parameters.flats())
+        return RankInfo(
+            rank=self.spec.rank,
+            node=socket.gethostname(),
+            device=str(self.device),
+            parameter_bytes=held,
+            optimizer_state_bytes=optimizer_state_bytes(self.engine.basic_optimizer),
+            owned_chunks=len(self.owned),
+        )
+
+    def describe(self) -> tuple[str, int, str, int, int]:
+        """Data in words, training sequences, manifest digest, parameters, chunks."""
+        m = self.manifest
+        return self.store.describe(), len(self.store.train), m.digest, m.size, m.chunk_count
+
+    def train(self, plan: RoundPlan, start: int) -> Trained:
+        """Run the round's inner steps.
+
+        Args:
+            plan: of the round.
+            start: absolute position in the region's data order of this pool's first sequence.
+        """
+        spec, engine = self.spec, self.engine
+        micro, accumulation = spec.engine.micro_batch, spec.engine.gradient_accumulation
+        stride = micro * spec.world
+        losses = torch.zeros((), dtype=torch.float32, device=self.device)
+        began = told = time.perf_counter()
+        engine.train()
+        for step in range(plan.inner_steps):
+            overall = (plan.round - 1) * spec.inner.steps + step
+            self._set_learning_rate(overall)
+            torch.manual_seed(_mix(spec.seed, spec.region, spec.pool, spec.rank, overall))
+            for part in range(accumulation):
+                at = start + (step * accumulation + part) * stride + spec.rank * micro
+                batch = self._batch(self.store.train, self.order.indices(at, micro))
+                loss = engine(input_ids=batch, labels=batch).loss
+                engine.backward(loss)
+                engine.step()
+                losses += loss.detach()
+            now = time.perf_counter()
+            if self.progress is not None and spec.rank == 0 and now - told >= PROGRESS_EVERY_S:
+                told = now
+                done = (step + 1) * accumulation
+                tokens = done * stride * spec.sequence_length
+                self.progress(spec.pool, step + 1, tokens, float(losses) / done)
+        passes = plan.inner_steps * accumulation
+        return Trained(
+            loss_sum=float(losses),
+            steps=passes,
+            tokens=passes * micro * spec.sequence_length,
+            seconds=time.perf_counter() - began,
+        )
+
+    def offer(self, encoded: bool) -> Offer:
+        """This rank's own chunks of anchor - local.
+
+        Args:
+            encoded: run the job's codec; otherwise plain fp32, for merging pools inside the region.
+
+        Raises:
+            NonFiniteUpdateError: names the parameter that holds NaN or Inf.
+        """
+        began = time.perf_counter()
+        chunks: list[tuple[int, Any, int]] = []
+        delta = np.empty(self.manifest.chunk_size, np.float32)
+        norm_squared = 0.0
+        for index, spec in enumerate(self.manifest.parameters):
+            local = _to_numpy(self.parameters.read(spec.name))
+            for seg in self.manifest.segments[index]:
+                if seg.chunk not in self.owned:
+                    continue
+                at, to = seg.chunk_start, seg.chunk_start + seg.length
+                np.subtract(
+                    self._chunk(self.anchor, seg.chunk)[at:to],
+                    local[seg.parameter_start : seg.parameter_start + seg.length],
+                    out=delta[at:to],
+                )
+                if to == self.manifest.chunk_length(seg.chunk):
+                    values = delta[:to]
+                    norm_squared += self._checked_norm_squared(values, seg.chunk)
+                    buffer = self.codec.encode(values) if encoded else values.view(np.uint8)
+                    chunks.append((seg.chunk, self.blobs.put(buffer), buffer.nbytes))
+        return Offer(chunks, norm_squared, time.perf_counter() - began)
+
+    def apply(self, handles: dict[int, Any]) -> dict[int, str]:
+        """The outer step on this rank's chunks, then the new anchor into every engine of the pool.
+
+        Args:
+            handles: merged chunks (fp32) by id; those of other ranks are ignored.
+
+        Returns:
+            Digest of each owned anchor chunk.
+        """
+        for chunk in self.owned:
+            (data,) = self.blobs.get([handles[chunk]])
+            gradient = data.view(np.float32)
+            state = {slot: self._chunk(values, chunk) for slot, values in self.outer_state.items()}
+            self.outer.step(self._chunk(self.anchor, chunk), gradient, state)
+        self._spread(self.anchor, self.parameters.write)
+        return self.digests()
+
+    def digests(self) -> dict[int, str]:
+        """Digest of each owned anchor chunk (xxh3-128 over its fp32 bytes)."""
+        return {c: xxhash.xxh3_128_hexdigest(self._chunk(self.anchor, c)) for c in self.owned}
+
+    def discard(self) -> None:
+        """Give up local training since the last commit: back to the anchor."""
+        self._spread(self.anchor, self.parameters.write)
+
+    def evaluate(self) -> tuple[float, int]:
+        """Sum of token losses and number of predicted tokens over this rank's share of held-out text."""
+        spec = self.spec
+        ids = [(split, i) for split, indices in self.held_out for i in indices]
+        share = -(-len(ids) // spec.world)  # equal on all ranks, since ZeRO-3 forwards together
+        mine = ids[spec.rank * share : (spec.rank + 1) * share]
+        total, tokens = 0.0, 0
+        self.engine.eval()
+        with torch.no_grad():
+            for start in range(0, share, spec.engine.micro_batch):
+                part = mine[start : start + spec.engine.micro_batch]
+                rows = part or ids[:1]  # a rank without rows still takes part in the forward pass
+                batch = torch.from_numpy(np.concatenate([s.read(np.array([i])) for s, i in rows])).to(self.device)
+                loss = self.engine(input_ids=batch, labels=batch).loss
+                if part:
+                    count = batch.shape[0] * (spec.sequence_length - 1)
+                    total += float(loss) * count
+                    tokens += count
+        return total, tokens
+
+    def save(self, url: str, round: int, donor: bool) -> list[CheckpointFile]:
+        """Write this rank's chunks: inner optimizer state, and the model too if `donor`."""
+        store = CheckpointStore(url)
+        written: list[CheckpointFile] = []
+        if donor:
+            flats = {"anchor": self.anchor, **self.outer_state}
+            written += store.write_tensors(round, "model/", self.owned, self._by_chunk(flats), {})
+        keys, scalars = self._inner_layout()
+        inner = {}
+        for key in keys:
+            inner[key] = self._empty_owned()
+            self._gather(lambda name, key=key: self.parameters.read(name, key), inner[key])
+        scalars["loss_scale"] = self._loss_scale()
+        if keys:
+            prefix = self._inner_prefix()
+            written += store.write_tensors(round, prefix, self.owned, self._by_chunk(inner), scalars)
+        return written
+
+    def restore(self, url: str, order: RestoreOrder) -> None:
+        """Load a committed round: anchor, outer state and, if it was saved, inner state.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold what this job needs.
+        """
+        store = CheckpointStore(url)
+        model, _ = store.read_tensors(order.round, chunk_files(order.files, "model/"), self.owned)
+        if self.owned and set(model) != {"anchor", *self.outer_state}:
+            raise CheckpointError(
+                f"{store.folder(order.round)}: holds outer state {sorted(set(model) - {'anchor'})}, "
+                f"this job's outer optimizer keeps {sorted(self.outer_state)}"
+            )
+        for name, values in {"anchor": self.anchor, **self.outer_state}.items():
+            self._fill(values, model.get(name, {}))
+        self._spread(self.anchor, self.parameters.write)
+        files = chunk_files(order.files, self._inner_prefix())
+        inner, scalars = store.read_tensors(order.round, files, self.owned)
+        names = sorted(inner)
+        if self.spec.world > 1:  # a rank that owns no chunk learns the layout from the others
+            layouts: list[Any] = [None] * self.spec.world
+            dist.all_gather_object(layouts, (names, scalars))
+            names, scalars = max(layouts, key=lambda layout: len(layout[0]))
+        self._reset_inner(names, scalars)
+        for name in names:
+            values = self._empty_owned()
+            self._fill(values, inner.get(name, {}))
+            self._spread(values, lambda n, full, key=name: self.parameters.write(n, full, key))
+
+    # -- chunks and parameters ------------------------------------------------------------
+
+    def _empty_owned(self) -> Array:
+        return np.zeros(sum(self.manifest.chunk_length(c) for c in self.owned), np.float32)
+
+    def _chunk(self, owned: Array, chunk: int) -> Array:
+        """View of one chunk in a vector over the owned chunks."""
+        start = (chunk - self.owned.start) * self.manifest.chunk_size
+        return owned[start : start + self.manifest.chunk_length(chunk)]
+
+    def _by_chunk(self, flats: dict[str, Array]) -> dict[str, dict[int, Array]]:
+        return {name: {c: self._chunk(flat, c) for c in self.owned} for name, flat in flats.items()}
+
+    def _fill(self, owned: Array, parts: dict[int, Array]) -> None:
+        for chunk, values in parts.items():
+            self._chunk(owned, chunk)[:] = values
+
+    def _gather(self, read: Callable[[str], torch.Tensor], owned: Array) -> None:
+        """Copy the owned chunks out of full parameters, one parameter at a time."""
+        for index, spec in enumerate(self.manifest.parameters):
+            full = _to_numpy(read(spec.name))
+            for seg in self.manifest.segments[index]:
+                if seg.chunk in self.owned:
+                    target = self._chunk(owned, seg.chunk)[seg.chunk_start : seg.chunk_start + seg.length]
+                    target[:] = full[seg.parameter_start : seg.parameter_start + seg.length]
+
+    def _spread(self, owned: Array, write: Callable[[str, torch.Tensor], None]) -> None:
+        """Hand every full parameter to `write`, its parts broadcast by the ranks that own them."""
+        world = self.spec.world
+        if world == 1:
+            flat = torch.from_numpy(owned)
+            for spec in self.manifest.parameters:
+                write(spec.name, flat[spec.offset : spec.offset + spec.size])
+            return
+        owners = np.zeros(self.manifest.chunk_count, np.int64)
+        for rank in range(world):
+            owned_by = self.manifest.owned(rank, world)
+            owners[owned_by.start : owned_by.stop] = rank
+        for index, spec in enumerate(self.manifest.parameters):
+            full = torch.empty(spec.size, dtype=torch.float32, device=self.device)
+            segments = self.manifest.segments[index]
+            for seg in segments:
+                if owners[seg.chunk] == self.spec.rank:
+                    own = self._chunk(owned, seg.chunk)[seg.chunk_start : seg.chunk_start + seg.length]
+                    full[seg.parameter_start : seg.parameter_start + seg.length] = torch.from_numpy(own)
+            for rank in sorted({int(owners[seg.chunk]) for seg in segments}):
+                parts = [seg for seg in segments if owners[seg.chunk] == rank]
+                start, stop = parts[0].parameter_start, parts[-1].parameter_start + parts[-1].length
+                dist.broadcast(full[start:stop], src=rank)
+            write(spec.name, full)
+
+    def _checked_norm_squared(self, values: Array, chunk: int) -> float:
+        """Squared norm of a chunk; refuses NaN and Inf by the parameter's name."""
+        norm_squared = float(np.dot(values, values))
+        if np.isfinite(norm_squared):
+            return norm_squared
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            name = self.manifest.name_at(chunk, int(bad[0]))
+            raise NonFiniteUpdateError(
+                self.spec.region, f"the update of parameter {name!r} holds {values[bad[0]]}; it was not sent"
+            )
+        return float(np.dot(values.astype(np.float64), values.astype(np.float64)))
+
+    # -- inner optimizer ------------------------------------------------------------------
+
+    def _set_learning_rate(self, step: int) -> None:
+        inner = self.spec.inner
+        factor = inner.schedule.factor(step, self.spec.rounds * inner.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = inner.optimizer.lr * factor
+
+    def _inner_prefix(self) -> str:
+        return f"regions/{self.spec.region}/pool-{self.spec.pool}-"
+
+    def _inner_layout(self) -> tuple[list[str], dict[str, Any]]:
+        """Names of the per-element states, and the values of the scalar ones."""
+        keys, scalars = [], {}
+        for flat in self.parameters.flats():
+            for key, value in self.engine.basic_optimizer.state.get(flat, {}).items():
+                if torch.is_tensor(value) and value.shape == flat.shape:
+                    keys.append(key)
+                elif value is not None:
+                    scalars[key] = float(value)
+            break
+        return sorted(keys), scalars
+
+    def _reset_inner(self, keys: Sequence[str], scalars: dict[str, Any]) -> None:
+        """Fresh state of the named keys; empty `keys` means never stepped."""
+        optimizer = self.engine.basic_optimizer
+        optimizer.state.clear()
+        steps = {k: v for k, v in scalars.items() if k != "loss_scale"}
+        for flat in self.parameters.flats() if keys else ():
+            optimizer.state[flat] = {k: torch.zeros_like(flat.data, dtype=torch.float32) for k in keys}
+            optimizer.state[flat].update({k: torch.tensor(v, dtype=torch.float32) for k, v in steps.items()})
+        if scalars.get("loss_scale"):
+            vars(self._loss_scaler()).update(scalars["loss_scale"])
+
+    def _loss_scaler(self) -> Any:
+        wrapper = self.engine.optimizer
+        return getattr(wrapper, "loss_scaler", wrapper)
+
+    def _loss_scale(self) -> dict[str, Any] | None:
+        """The dynamic loss scaler's counters (fp16 only)."""
+        if self.spec.engine.precision != "fp16":
+            return None
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        values = vars(self._loss_scaler())
+        return {n: json.loads(json.dumps(float(values[n]))) for n in names if n in values}
+
+    # -- data -----------------------------------------------------------------------------
+
+    def _open_data(self, tokenizer: Any) -> None:
+        spec = self.spec
+
+        def packed(sources: Sequence[SourceConfig]) -> PackedStore:
+            return prepare_store(
+                [source.build() for source in sources],
+                tokenizer,
+                sequence_length=spec.sequence_length,
+                held_out_fraction=spec.held_out_fraction,
+                cache_dir=Path(spec.cache_dir),
+            )
+
+        self.store = packed(spec.data)
+        self.order = Order(len(self.store.train), _mix(spec.seed, spec.region))
+        splits = [self.store.held_out]
+        if spec.evaluate_on is not None:
+            splits = [packed([source]).held_out for source in spec.evaluate_on]
+        each = -(-spec.eval_sequences // len(splits))
+        self.held_out = [
+            (split, np.unique(np.linspace(0, len(split) - 1, min(each, len(split))).astype(np.int64)).tolist())
+            for split in splits
+        ]
+
+    def _batch(self, split: PackedSplit, indices: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(split.read(indices)).to(self.device)
+
+
+def _to_numpy(tensor: torch.Tensor) -> Array:
+    values: Array = tensor.detach().to("cpu", torch.float32).numpy()
+    return values
+
+
+def _mix(*parts: object) -> int:
+    """A 31-bit seed from anything with a stable repr."""
+    return xxhash.xxh3_64_intdigest(repr(parts).encode()) & 0x7FFFFFFF
+
+
