@@ -41,6 +41,7 @@ __all__ = [
     "read_events",
     "read_rounds",
     "run_state",
+    "to_plain",
 ]
 
 METRICS = "metrics.jsonl"
@@ -184,7 +185,7 @@ class RunLog:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record that something happened."""
-        event = Event(time.time(), kind, _safe(fields))
+        event = Event(time.time(), kind, to_plain(fields))
         with self._lock:
             self._events.write(event.to_json().encode() + b"\n")
             self._events.flush()
@@ -392,7 +393,7 @@ def _damaged(path: Path, line: int, why: str) -> XCloudError:
     return XCloudError(f"{path}:{line}: damaged record: {why}; restore the file, or delete that line")
 
 
-def _safe(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """`value` as plain JSON types; what JSON does not know becomes its text."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -401,11 +402,11 @@ def _safe(value: Any) -> Any:
     if isinstance(value, Real):
         return _nan_to_null(float(value))
     if isinstance(value, Message):
-        return _safe(json_safe(value))
+        return to_plain(json_safe(value))
     if isinstance(value, Mapping):
-        return {str(key): _safe(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_safe(item) for item in value]
+        return [to_plain(item) for item in value]
     return str(value)
 
 

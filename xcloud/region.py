@@ -100,6 +100,35 @@ class Pending:
     handles: list[Handle]
 
 
+def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec:
+    """What one rank needs to know of the job."""
+    settings = job.region(region)
+    engine = settings.pools[pool]
+    return WorkerSpec(
+        region=region,
+        pool=pool,
+        rank=rank,
+        world=engine.workers,
+        on_gpu=engine.on_gpu,
+        threads=engine.cpus,
+        seed=job.seed,
+        rounds=job.rounds,
+        sequence_length=job.sequence_length,
+        chunk_size=job.chunk_size,
+        model=job.model,
+        engine=engine,
+        inner=job.inner,
+        outer=job.outer,
+        codec=job.codec,
+        tokenizer=job.tokenizer,
+        data=settings.data,
+        evaluate_on=settings.evaluate_on,
+        held_out_fraction=job.data.held_out_fraction,
+        cache_dir=job.data.cache_dir or str(Path.home() / ".cache" / "xcloud" / "data"),
+        eval_sequences=job.evaluation.sequences,
+    )
+
+
 class Region:
     """One cloud region of a job.
 
@@ -144,30 +173,7 @@ class Region:
         return self._ready(evaluate)
 
     def _spawn(self, group: PlacementGroup, index: int, pool: PoolConfig, rank: int) -> Any:
-        job = self.job
-        spec = WorkerSpec(
-            region=self.name,
-            pool=index,
-            rank=rank,
-            world=pool.workers,
-            on_gpu=pool.on_gpu,
-            threads=pool.cpus,
-            seed=job.seed,
-            rounds=job.rounds,
-            sequence_length=job.sequence_length,
-            chunk_size=job.chunk_size,
-            model=job.model,
-            engine=pool,
-            inner=job.inner,
-            outer=job.outer,
-            codec=job.codec,
-            tokenizer=job.tokenizer,
-            data=self.settings.data,
-            evaluate_on=self.settings.evaluate_on,
-            held_out_fraction=job.data.held_out_fraction,
-            cache_dir=job.data.cache_dir or str(Path.home() / ".cache" / "xcloud" / "data"),
-            eval_sequences=job.evaluation.sequences,
-        )
+        spec = worker_spec(self.job, self.name, index, rank)
         environment = quiet_environment() | {"OMP_NUM_THREADS": str(pool.cpus)}
         if not pool.on_gpu:
             environment["DS_ACCELERATOR"] = "cpu"

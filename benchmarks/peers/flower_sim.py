@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -64,14 +65,17 @@ class Stopwatch(FedAvg):
         return result
 
 
+def initial_model(options: PeerOptions) -> list[npt.NDArray[np.float32]]:
+    """The parameters that the rounds start from; made again for the check, so that nobody keeps them."""
+    generator = np.random.default_rng(0)
+    return [generator.standard_normal(options.parameters // LAYERS, dtype=np.float32) for _ in range(LAYERS)]
+
+
 def play(options: PeerOptions) -> PeerRun:
     """Run the simulation, check the mean."""
     client, server = ClientApp(), ServerApp()
     strategy = Stopwatch(options)
-    generator = np.random.default_rng(0)
-    size = options.parameters // LAYERS
-    start = [generator.standard_normal(size, dtype=np.float32) for _ in range(LAYERS)]
-    finished: list[Any] = []
+    results: list[ArrayRecord] = []
 
     @client.train()
     def train(message: Message, _: Context) -> Message:
@@ -82,8 +86,8 @@ def play(options: PeerOptions) -> PeerRun:
     @server.main()
     def main(grid: Grid, _: Context) -> None:
         rounds = options.rounds + MEMORY_ROUNDS
-        result = strategy.start(grid=grid, initial_arrays=ArrayRecord(start), num_rounds=rounds)
-        finished.extend(result.arrays.to_numpy_ndarrays())
+        result = strategy.start(grid=grid, initial_arrays=ArrayRecord(initial_model(options)), num_rounds=rounds)
+        results.append(result.arrays)
 
     with strategy.sampling:
         run_simulation(
@@ -92,7 +96,7 @@ def play(options: PeerOptions) -> PeerRun:
             num_supernodes=options.clients,
             backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
         )
-    for before, after in zip(start, finished, strict=True):
+    for before, after in zip(initial_model(options), results[0].to_numpy_ndarrays(), strict=True):
         np.testing.assert_allclose(after, before, rtol=1e-5)  # the mean of equal parameters is the same again
     return PeerRun(
         peer=f"flower {version('flwr')}, ray {version('ray')}",

@@ -69,6 +69,12 @@ class Aggregator:
                 np.add(total, array, out=total)
 
 
+def initial_model(options: PeerOptions) -> list[Array]:
+    """The parameters that the rounds start from; made again for the check, so that nobody keeps them."""
+    generator = np.random.default_rng(0)
+    return [generator.standard_normal(options.parameters // LAYERS, dtype=np.float32) for _ in range(LAYERS)]
+
+
 def play(options: PeerOptions) -> PeerRun:
     """Start a local Ray of its own, play the rounds, check the mean, and stop it."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -82,9 +88,7 @@ def _play(options: PeerOptions) -> PeerRun:
     regions = [Region.remote() for _ in range(options.clients)]
     aggregator = Aggregator.remote()
     server = ray.get(aggregator.pid.remote())
-    generator = np.random.default_rng(0)
-    start = [generator.standard_normal(options.parameters // LAYERS, dtype=np.float32) for _ in range(LAYERS)]
-    current = ray.put(start)
+    current = ray.put(initial_model(options))
 
     def play_round() -> float:
         nonlocal current
@@ -101,7 +105,7 @@ def _play(options: PeerOptions) -> PeerRun:
     ):
         for _ in range(MEMORY_ROUNDS):
             play_round()
-    for before, after in zip(start, ray.get(current), strict=True):
+    for before, after in zip(initial_model(options), ray.get(current), strict=True):
         np.testing.assert_allclose(after, before, rtol=1e-5)  # the mean of equal parameters is the same again
     return PeerRun(
         peer=f"plain ray {ray.__version__}",

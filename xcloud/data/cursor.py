@@ -36,7 +36,7 @@ class Order:
 
     def indices(self, position: int, count: int) -> npt.NDArray[np.int64]:
         """Sequence ids at positions [position, position + count): int64, shape [count]."""
-        assert position >= 0 and count >= 0, (position, count)
+        assert min(position, count) >= 0, (position, count)
         result = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:

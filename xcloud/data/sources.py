@@ -252,7 +252,7 @@ class ParquetSourceConfig(_FilesConfig):
 
 def _read_parquet(file: StoredFile, column: str) -> Rows:
     # Imported on use: pyarrow is heavy, and reopening a cached store must not pay for it.
-    from xcloud.data import _parquet
+    from xcloud.data import _parquet  # noqa: PLC0415
 
     yield from _parquet.read_column(file, column)
 
@@ -287,7 +287,7 @@ class _HuggingFaceSource:
 
     def documents(self) -> Iterator[Document]:
         # Imported on use: `datasets` takes 2 s, and reopening a cached store must not pay for it.
-        from xcloud.data import _hf_dataset
+        from xcloud.data import _hf_dataset  # noqa: PLC0415
 
         config = self._config
         self._check_local()

@@ -86,7 +86,7 @@ class BytesTokenizer:
 
     def save(self, folder: Path) -> None:
         # Imported on use: transformers takes seconds, and only an export needs it here.
-        from xcloud.data import _hf_tokenizer
+        from xcloud.data import _hf_tokenizer  # noqa: PLC0415
 
         _hf_tokenizer.save_bytes_tokenizer(folder, eos_id=self.eos_id)
 
@@ -117,6 +117,6 @@ class HuggingFaceTokenizerConfig(TokenizerConfig):
             ModelError: the tokenizer cannot be loaded or has no eos token.
         """
         # Imported on use: transformers takes seconds, which jobs on bytes need not pay.
-        from xcloud.data import _hf_tokenizer
+        from xcloud.data import _hf_tokenizer  # noqa: PLC0415
 
         return _hf_tokenizer.HuggingFaceTokenizer(self.path)

@@ -25,6 +25,9 @@ def device_of(on_gpu: bool) -> torch.device:
 
 def join_process_group(address: str, port: int, rank: int, world: int, on_gpu: bool, threads: int) -> None:
     """Start torch.distributed for one pool: nccl on GPU, gloo on CPU."""
+    if torch.distributed.is_initialized():
+        assert torch.distributed.get_world_size() == world, "one process serves one pool"
+        return
     os.environ.update(
         MASTER_ADDR=address,
         MASTER_PORT=str(port),

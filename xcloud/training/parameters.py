@@ -161,7 +161,7 @@ class Zero3(_Base):
         parameter: Any = self.named[name]
         own = self._slice(parameter, key).to(parameter.device)
         full = torch.empty(own.numel() * dist.get_world_size(), dtype=torch.float32, device=own.device)
-        dist.all_gather_into_tensor(full, own)
+        dist.all_gather_single(full, own)
         return full[: parameter.ds_numel]
 
     def write(self, name: str, value: torch.Tensor, key: str | None = MASTER) -> None:

@@ -1,0 +1,127 @@
+"""N equals one: regions that merge after every plain SGD step are one run on the union batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.factory import job_of, raw_job, region
+from tests.training.workers import start_worker
+from xcloud.checkpoint import CheckpointStore, chunk_files
+from xcloud.config import JobConfig, PoolConfig
+from xcloud.driver import train
+from xcloud.messages import RegionReport, RoundPlan
+from xcloud.aggregators import MeanConfig
+from xcloud.metrics import RunLog, read_rounds
+from xcloud.training.worker import RankWorker
+
+ROUNDS, LR = 3, 0.3
+SETTINGS: dict[str, Any] = {
+    "rounds": ROUNDS,
+    "inner": {"steps": 1, "optimizer": {"type": "sgd", "lr": LR}, "schedule": "constant", "clip_norm": None},
+    "outer": {"type": "sgd", "lr": 1.0},
+}
+
+
+def union_run(job: JobConfig) -> dict[str, torch.Tensor]:
+    """One DeepSpeed engine, ZeRO-0, stepping on all regions' batches at once."""
+    alone = [r.model_copy(update={"pools": (PoolConfig(zero_stage=0, micro_batch=r.sequences_per_step),)}) for r in job.regions]
+    job = job.model_copy(update={"regions": tuple(alone)})
+    readers = [start_worker(job, r.name) for r in job.regions]
+    union = start_worker(job)
+    for number in range(ROUNDS):
+        batch = torch.cat(
+            [
+                reader._batch(reader.store.train, reader.order.indices(number * r.sequences_per_step, r.sequences_per_step))
+                for reader, r in zip(readers, job.regions, strict=True)
+            ]
+        )
+        union.engine.backward(union.engine(input_ids=batch, labels=batch).loss)
+        union.engine.step()
+    return {s.name: union.parameters.read(s.name).clone() for s in union.manifest.parameters}
+
+
+def plain_pool(stage: int, micro_batch: int = 4) -> dict[str, Any]:
+    return {"workers": 1, "zero_stage": stage, "micro_batch": micro_batch}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_three_regions_of_one_stage(tmp_path: Path, stage: int) -> None:
+    """Every stage, in this process: workers, codec, aggregator and outer step are real, actors are not."""
+    regions = [region(tmp_path, name, seed, plain_pool(stage)) for seed, name in enumerate("abc", 1)]
+    job = job_of(raw_job(tmp_path, regions, **SETTINGS))
+    workers = [start_worker(job, r.name) for r in job.regions]
+    shared = workers[0].blobs
+    for worker in workers:
+        worker.blobs = shared
+    for number in range(1, ROUNDS + 1):
+        play_round(workers, number)
+    expected = union_run(job)
+    for worker in workers:
+        for name, value in expected.items():
+            assert torch.allclose(worker.parameters.read(name), value, rtol=0, atol=1e-5), name
+
+
+def play_round(workers: list[RankWorker], number: int) -> None:
+    """One round without actors."""
+    plan = RoundPlan(job="t", round=number, attempt=1, model_digest="", manifest_digest="", inner_steps=1)
+    offers = []
+    for worker in workers:
+        worker.train(plan, (number - 1) * worker.spec.engine.micro_batch)
+        offers.append(worker.offer(encoded=True))
+    mean = MeanConfig().build()
+    merged = {}
+    for chunk in range(workers[0].manifest.chunk_count):
+        values = [w.blobs.get([o.chunks[chunk][1]])[0].view(np.float32) for w, o in zip(workers, offers, strict=True)]
+        out = np.empty_like(values[0])
+        mean.combine(values, [1 / len(workers)] * len(workers), out)
+        merged[chunk] = workers[0].blobs.put(out.view(np.uint8))
+    digests = [worker.apply(merged) for worker in workers]
+    assert all(d == digests[0] for d in digests)
+
+
+@pytest.mark.slow
+def test_regions_of_different_stages_pools_and_world_sizes(tmp_path: Path) -> None:
+    """The whole system: Ray actors, two ranks under ZeRO-2 and ZeRO-3, a region of two unequal pools."""
+    regions = [
+        region(
+            tmp_path,
+            "two-pools",
+            1,
+            {"workers": 2, "zero_stage": 2, "micro_batch": 2},
+            {"workers": 1, "zero_stage": 1, "micro_batch": 3, "gradient_accumulation": 2},
+        ),
+        region(tmp_path, "sharded", 2, {"workers": 2, "zero_stage": 3, "micro_batch": 2}),
+        region(tmp_path, "plain", 3, plain_pool(0, 5)),
+    ]
+    job = job_of(raw_job(tmp_path, regions, **SETTINGS))
+    run_dir = tmp_path / "run"
+    with RunLog(run_dir) as log:
+        outcome = train(job, run_dir=run_dir, log=log)
+    assert outcome.finished
+    flat = committed_model(run_dir)
+    expected = union_run(job)
+    start = 0
+    for name in sorted(expected):
+        value = expected[name]
+        found = torch.from_numpy(flat[start : start + value.numel()])
+        assert torch.allclose(found, value, rtol=0, atol=1e-5), name
+        start += value.numel()
+    rows = read_rounds(run_dir)
+    assert [row.round for row in rows] == [1, 2, 3]
+    assert rows[-1].regions["two-pools"].tokens == (2 * 2 + 3 * 2) * job.sequence_length
+
+
+def committed_model(run_dir: Path) -> np.ndarray:
+    """The flat fp32 model of the newest commit."""
+    store = CheckpointStore(run_dir / "checkpoints")
+    record = store.latest()
+    assert record is not None
+    files = chunk_files(record.model_files, "model/")
+    chunks = range(files[-1].last + 1)
+    tensors, _ = store.read_tensors(record.round, files, chunks)
+    return np.concatenate([tensors["anchor"][chunk] for chunk in chunks])

@@ -1,0 +1,443 @@
+"""What a person sees of a run: numbers, lines, the live board, and a run judged from its folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from xcloud.config import JobConfig, parse_job
+from xcloud.messages import Progress
+from xcloud.metrics import Event, RegionRow, RoundRow, RunLog
+from xcloud.report import (
+    Board,
+    JsonView,
+    LiveView,
+    PlainView,
+    closing_lines,
+    event_line,
+    human_bytes,
+    human_clock,
+    human_count,
+    human_loss,
+    human_seconds,
+    job_record,
+    job_summary,
+    round_line,
+    status_record,
+    status_view,
+    text_view,
+)
+
+JOB = """
+name: demo
+rounds: 24
+sequence_length: 32
+model: {config: {model_type: llama}}
+inner: {steps: 10}
+regions:
+  - {name: us-east-1, cloud: aws, data: {type: stdlib, kind: modules}, pools: [{workers: 2, micro_batch: 4}]}
+  - {name: europe-west4, cloud: gcp, data: {type: stdlib, kind: tests}, pools: [{zero_stage: 3, micro_batch: 8}]}
+"""
+NAMES = ["us-east-1", "europe-west4"]
+
+
+@pytest.fixture
+def job() -> JobConfig:
+    return parse_job(JOB)
+
+
+def row(number: int, **changes: Any) -> RoundRow:
+    region = RegionRow(
+        tokens=29_000,
+        train_loss=2.41,
+        eval_loss=2.55,
+        tokens_per_s=4800.0,
+        bytes_up=1_550_000,
+        bytes_down=1_550_000,
+        compute_s=6.1,
+        sync_s=0.3,
+        update_norm=1.0,
+        cursor=10,
+    )
+    fields: dict[str, Any] = {
+        "round": number,
+        "attempt": 1,
+        "train_loss": 2.41,
+        "eval_loss": 2.55,
+        "tokens": 58_000,
+        "bytes_up": 3_100_000,
+        "bytes_down": 3_100_000,
+        "compute_s": 6.1,
+        "sync_s": 0.3,
+        "regions": dict.fromkeys(NAMES, region),
+        "model_digest": "d",
+    }
+    return RoundRow(**{**fields, **changes})
+
+
+def rank(number: int, state: int = 2_600_000) -> dict[str, Any]:
+    return {
+        "rank": number,
+        "node": "n",
+        "device": "cpu",
+        "parameter_bytes": 2_600_000,
+        "optimizer_state_bytes": state,
+        "owned_chunks": 3,
+    }
+
+
+def play(log: RunLog, rounds: int = 1, simulation: bool = True) -> None:
+    """Report what the driver would: a start, and some rounds, the second of them with a failure."""
+    host = socket.gethostname()
+    log.event(
+        "run_started",
+        job="demo",
+        rounds=24,
+        run_dir=str(log.folder),
+        pid=os.getpid(),
+        host=host,
+        regions=NAMES,
+        simulation=simulation,
+        resumed_round=None,
+    )
+    for name in NAMES:
+        log.event("region_starting", region=name, attempt=1)
+    for name, ranks in zip(NAMES, (2, 1), strict=True):
+        pools = [[rank(i) for i in range(ranks)]]
+        log.event("region_ready", region=name, parameters=650_000, eval_loss=5.6, pools=pools, seconds=18.2)
+    for number in range(1, rounds + 1):
+        log.event("round_started", round=number, attempt=1, rounds=24, regions=NAMES)
+        if number == 2:
+            reason = "region 'europe-west4': rank 0 died\nTraceback"
+            log.event("region_failed", region=NAMES[1], round=number, reason=reason)
+            log.event("round_retried", round=number, attempt=2, reason="1 of 2 regions answered, quorum is 2")
+            log.event("region_starting", region=NAMES[1], attempt=2)
+            log.event("region_rejoined", region=NAMES[1], round=number)
+            log.event("round_started", round=number, attempt=2, rounds=24, regions=NAMES)
+        for name in NAMES:
+            log.event(
+                "region_finished", round=number, region=name, tokens=29_000, train_loss=2.4, seconds=6.0
+            )
+        log.event("round_merged", round=number, regions=NAMES, seconds=0.1)
+        log.round(row(number))
+        log.event("checkpoint_committed", round=number, path=f"checkpoints/round-{number:06d}")
+
+
+PLAIN = """\
+demo: 2 regions, 24 rounds, run folder RUN
+starting Ray
+simulation: all regions share this cluster; nothing isolates them
+us-east-1: loading torch, DeepSpeed
+europe-west4: loading torch, DeepSpeed
+us-east-1 ready in 18 s: 2 x cpu, optimizer state 2.6 MB each; eval 5.60; 650k parameters
+europe-west4 ready in 18 s: 1 x cpu, optimizer state 2.6 MB; eval 5.60; 650k parameters
+round 1/24  train 2.41  eval 2.55  58k tokens  up 3.1 MB  down 3.1 MB  compute 6.1 s  sync 0.3 s
+europe-west4 lost in round 2: rank 0 died
+round 2 tried again (attempt 2): 1 of 2 regions answered, quorum is 2
+europe-west4: restarting (start 2)
+europe-west4 rejoined before round 2
+round 2/24  train 2.41  eval 2.55  58k tokens  up 3.1 MB  down 3.1 MB  compute 6.1 s  sync 0.3 s
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (3_100_000, "3.1 MB"),
+        (99_940_000, "99.9 MB"),
+        (99_960_000, "100 MB"),
+        (999_960_000, "1.0 GB"),
+        (2_500_000_000_000_000, "2500 TB"),
+    ],
+)
+def test_bytes(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (950.4, "950"),
+        (999.6, "1.0k"),
+        (5_800, "5.8k"),
+        (58_000, "58k"),
+        (1_234_567, "1.2M"),
+        (math.nan, "-"),
+    ],
+)
+def test_counts(count: float, text: str) -> None:
+    assert human_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (6.14, "6.1 s"),
+        (9.96, "10 s"),
+        (59.6, "1 m 00 s"),
+        (125, "2 m 05 s"),
+        (3725, "1 h 02 m"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_clocks_and_losses() -> None:
+    assert [human_clock(s) for s in (-1, 41.9, 62, 3723)] == ["0:00", "0:41", "1:02", "1:02:03"]
+    assert [human_loss(x) for x in (None, math.nan, 2.414, 0.2414)] == ["-", "-", "2.41", "0.241"]
+
+
+def test_a_round_line_loses_its_end_on_a_narrow_terminal() -> None:
+    whole = round_line(row(3), 24)
+    assert whole == (
+        "round 3/24  train 2.41  eval 2.55  58k tokens  up 3.1 MB  down 3.1 MB  compute 6.1 s  sync 0.3 s"
+    )
+    narrow = round_line(row(3), 24, width=80)
+    assert narrow == "round 3/24  train 2.41  eval 2.55  58k tokens  up 3.1 MB  down 3.1 MB"
+    assert round_line(row(3, eval_loss=None), 24, width=40) == "round 3/24  train 2.41  eval -"
+
+
+def test_a_ready_line_shows_what_each_rank_of_each_pool_holds() -> None:
+    pools = [[{**rank(i), "device": f"cuda:{i}"} for i in range(2)], [rank(0, 5_200_000)]]
+    fields = {"region": "r", "parameters": 1000, "eval_loss": None, "pools": pools, "seconds": 2.0}
+    assert event_line(Event(0.0, "region_ready", fields)) == (
+        "r ready in 2.0 s: 2 x cuda, optimizer state 2.6 MB each; 1 x cpu, optimizer state 5.2 MB; 1.0k parameters"
+    )
+
+
+def test_plain_lines(job: JobConfig, tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with RunLog(tmp_path, [PlainView(job, Path("RUN"), stream)]) as log:
+        play(log, rounds=2)
+    assert stream.getvalue() == PLAIN
+
+
+def test_plain_view_survives_a_reader_that_went_away(job: JobConfig, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        view = PlainView(job, tmp_path, stream)
+        os.close(read)
+        with RunLog(tmp_path, [view]) as log:
+            play(log, rounds=2)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["round"] == 2
+        with pytest.raises(BrokenPipeError):
+            stream.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # so that closing it has somewhere to write
+
+
+def test_json_lines_all_parse(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with RunLog(tmp_path, [JsonView(stream)]) as log:
+        play(log, rounds=2)
+        log.round(row(3, train_loss=math.nan))
+    records = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [r["round"] for r in records if r["kind"] == "round"] == [1, 2, 3]
+    assert records[-1]["train_loss"] is None
+    assert records[-1]["regions"]["us-east-1"]["bytes_up"] == 1_550_000
+    assert records[0]["kind"] == "run_started"
+    assert records[0]["simulation"] is True
+
+
+def progress(**changes: Any) -> Progress:
+    fields: dict[str, Any] = {
+        "region": "us-east-1",
+        "round": 1,
+        "step": 5,
+        "steps": 10,
+        "tokens": 100,
+        "loss": 4.5,
+        "tokens_per_s": 3200.0,
+    }
+    return Progress(**{**fields, **changes})
+
+
+def test_the_board_follows_a_round(job: JobConfig, tmp_path: Path) -> None:
+    now = 0.0
+    board = Board(job, tmp_path, clock=lambda: now)
+
+    def tell(kind: str, **fields: Any) -> None:
+        board.on_event(Event(now, kind, fields))
+
+    def states() -> list[str]:
+        return [stand.state for stand in board.regions.values()]
+
+    assert (board.phase, states()) == ("starting Ray", ["waiting", "waiting"])
+    tell("run_started", simulation=True, resumed_round=None)
+    tell("region_starting", region=NAMES[0], attempt=1)
+    assert (board.phase, states()) == ("starting regions", ["starting", "waiting"])
+    for name in NAMES:
+        tell("region_ready", region=name, eval_loss=5.6)
+    tell("round_started", round=1, attempt=1, regions=NAMES)
+    board.on_progress(progress())
+    board.on_progress(progress(round=0, step=9))  # late: of another round
+    assert (board.phase, states(), board.regions[NAMES[0]].step) == ("training", ["training"] * 2, 5)
+    assert 0.2 < board.done < 0.3
+    assert board.left_s is None
+    tell("region_finished", region=NAMES[0], train_loss=4.0)
+    assert (board.phase, states()) == ("training", ["done", "training"])
+    tell("region_late", region=NAMES[1], round=1)
+    assert (board.phase, states()) == ("merging", ["done", "late"])
+    tell("round_merged", round=1)
+    assert (board.phase, states()) == ("applying", ["applying", "late"])
+    now = 10.0
+    board.on_round(row(1))
+    assert (board.phase, board.committed, board.done) == ("checkpointing", 1, 1.0)
+    assert board.left_s == pytest.approx(230.0)
+    tell("checkpoint_committed", round=1)
+    assert board.phase == "committed"
+    assert board.notices == ("europe-west4 missed the deadline of round 1",)
+    tell("run_finished", rounds=1)
+    assert board.phase == "finished"
+
+
+def test_the_board_of_a_resumed_run_counts_earlier_bytes(job: JobConfig, tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log.round(row(1))
+        log.round(row(2))
+    board = Board(job, tmp_path)
+    board.on_event(Event(0.0, "run_started", {"resumed_round": 2}))
+    assert board.committed == 2
+    assert board.regions["us-east-1"].bytes_up == 3_100_000
+    assert board.phase == "starting regions"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_live_screen_fits_its_terminal(job: JobConfig, tmp_path: Path, width: int) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, height=24, force_terminal=True, color_system=None)
+    view = LiveView(job, tmp_path / "a_run", console)
+    with RunLog(tmp_path / "a_run", [view]) as log:
+        play(log, rounds=2)
+        log.event("round_started", round=3, attempt=1, rounds=24, regions=NAMES)
+        log.progress(progress(round=3, step=4))
+        view.stopping()
+        screen = Console(file=io.StringIO(), width=width, color_system=None)
+        screen.print(view.render())
+    assert isinstance(screen.file, io.StringIO)
+    text = screen.file.getvalue()
+    assert max(len(line) for line in text.splitlines()) <= width
+    if width >= 80:
+        for part in (
+            "round 3/24",
+            "training 4/10",
+            "aws",
+            "3.2k",
+            "4.50",
+            "3.1 MB",
+            "tried again",
+            "stopping",
+        ):
+            assert part in text
+        assert "simulation: all regions share this cluster; nothing isolates them" in text
+    assert "round 2/24  train 2.41" in stream.getvalue()
+
+
+def test_which_view_fits_an_output(
+    job: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a pipe that wants colours is still a pipe
+    assert isinstance(text_view(job, tmp_path, Console(file=io.StringIO())), PlainView)
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setenv("TERM", "xterm")
+        view = text_view(job, tmp_path, Console(file=terminal))
+        view.close()
+        assert isinstance(view, LiveView)
+        monkeypatch.setenv("TERM", "dumb")
+        assert isinstance(text_view(job, tmp_path, Console(file=terminal)), PlainView)
+    os.close(master)
+
+
+def closing(**changes: Any) -> list[str]:
+    fields: dict[str, Any] = {
+        "run_dir": Path("runs/my run"),
+        "job_arguments": ["job.yaml", "--set", "rounds=24"],
+        "rows": [row(1), row(2)],
+        "rounds": 24,
+        "finished": False,
+        "reason": "interrupted",
+        "eval_loss_start": 5.6,
+        "eval_loss_end": 2.8,
+        "seconds": 65.0,
+    }
+    return closing_lines(**{**fields, **changes})
+
+
+def test_closing_of_a_stopped_run_says_how_to_go_on() -> None:
+    assert closing() == [
+        "stopped after round 2/24 (interrupted), 1 m 05 s",
+        "  eval loss   5.60 -> 2.80 (-50 %)",
+        "  trained on  116k tokens",
+        "  network     6.2 MB up, 6.2 MB down",
+        "  results     'runs/my run'",
+        "next",
+        "  xcloud train job.yaml --set rounds=24 --resume 'runs/my run'",
+        "  xcloud status 'runs/my run'",
+        "  xcloud export 'runs/my run' OUT",
+        "  tensorboard --logdir 'runs/my run/tensorboard'",
+    ]
+
+
+def test_closing_of_a_finished_run() -> None:
+    lines = closing(finished=True, reason="", rounds=2, eval_loss_start=None, eval_loss_end=None)
+    assert lines[0] == "finished 2 rounds in 1 m 05 s"
+    assert lines[1] == "  eval loss   not measured"
+    assert not any("--resume" in line for line in lines)
+
+
+def shown(renderable: Any) -> str:
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_what_a_job_amounts_to(job: JobConfig) -> None:
+    record = job_record(job)
+    assert [region["tokens_per_round"] for region in record["regions"]] == [8 * 32 * 10, 8 * 32 * 10]
+    assert record["tokens"] == 24 * record["tokens_per_round"] == 24 * 5120
+    text = shown(job_summary(job))
+    assert "demo  llama, from scratch" in text
+    assert "2 x cpu, ZeRO 1, fp32, 8 seq/step" in text
+
+
+def test_status_of_a_run_under_way(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        play(log, rounds=2)
+        record, text = status_record(tmp_path), shown(status_view(tmp_path))
+    json.dumps(record, allow_nan=False)
+    assert (record["state"], record["round"], record["rounds"]) == ("running", 2, 24)
+    assert record["tokens"] == 116_000
+    assert record["regions"]["us-east-1"]["bytes_up"] == 3_100_000
+    assert record["checkpoint"]["round"] == 2
+    for part in (
+        "demo  running  round 2/24",
+        "eval loss 2.55 (round 1) -> 2.55 (round 2)",
+        "! round 2 tried again",
+    ):
+        assert part in text
+    assert "--resume" not in text
+
+
+def test_status_of_a_run_that_failed_before_its_first_round(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        play(log, rounds=0)
+        log.event("run_failed", reason="PlacementError: no room")
+    text = shown(status_view(tmp_path))
+    assert "demo  failed  round 0/24" in text
+    assert "reason: PlacementError: no room" in text
+    assert f"xcloud train JOB --resume {tmp_path}" in text.replace("\n", "")

@@ -1,0 +1,61 @@
+"""Full fp32 access to live engines: every ZeRO stage and precision, one rank (several: test_region)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.factory import job_of, raw_job, region
+from tests.training.workers import MemoryBlobs, start_worker
+from xcloud.messages import RoundPlan
+
+PLAN = RoundPlan(job="t", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=2)
+
+LAYOUTS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+
+
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_what_is_written_is_read_back(tmp_path: Path, stage: int, precision: str) -> None:
+    pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
+    worker = start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool)])))
+    worker.train(PLAN, 0)  # so that optimizer state exists
+    keys, _ = worker._inner_layout()
+    assert keys == ["exp_avg", "exp_avg_sq"]
+    generator = torch.Generator().manual_seed(0)
+    for spec in worker.manifest.parameters:
+        for key in (None, *keys):
+            value = torch.rand(spec.size, generator=generator)
+            worker.parameters.write(spec.name, value, key)
+            assert torch.equal(worker.parameters.read(spec.name, key), value), (spec.name, key)
+
+
+@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
+def test_a_written_model_is_the_one_that_runs(tmp_path: Path, stage: int, precision: str) -> None:
+    """The next forward pass and the next step must use what was written, not a stale copy."""
+    pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
+    job = job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool)], inner={"optimizer": {"type": "sgd", "lr": 0.5}, "steps": 2}))
+    one, other = start_worker(job), start_worker(job)
+    before, _ = one.evaluate()
+    one.train(PLAN, 0)
+    assert one.evaluate()[0] < before
+    one.discard()
+    assert one.evaluate()[0] == before
+    for worker in (one, other):
+        worker.train(PLAN, 0)
+    for spec in one.manifest.parameters:
+        assert torch.equal(one.parameters.read(spec.name), other.parameters.read(spec.name)), spec.name
+
+
+def test_low_precision_starts_from_the_fp32_model(tmp_path: Path) -> None:
+    """Without training the update is exactly zero: master weights hold the anchor, not its rounding."""
+    for stage, precision in LAYOUTS:
+        pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
+        worker = start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool)])))
+        assert isinstance(worker.blobs, MemoryBlobs)
+        offer = worker.offer(encoded=True)
+        assert offer.norm_squared == 0.0
+        assert [chunk for chunk, _, _ in offer.chunks] == list(range(worker.manifest.chunk_count))
+        assert all(not np.any(buffer) for buffer in worker.blobs.get([handle for _, handle, _ in offer.chunks]))

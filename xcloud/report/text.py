@@ -1,0 +1,216 @@
+"""Numbers and lines as people read them. Pure functions."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xcloud.metrics import Event, RoundRow
+
+__all__ = [
+    "NOTICE_KINDS",
+    "SIMULATION",
+    "STOPPING",
+    "closing_lines",
+    "event_line",
+    "human_bytes",
+    "human_clock",
+    "human_count",
+    "human_loss",
+    "human_seconds",
+    "round_line",
+]
+
+STOPPING = "stopping after this round; press Ctrl-C again to stop now (the last checkpoint stays)"
+SIMULATION = "simulation: all regions share this cluster; nothing isolates them"
+
+NOTICE_KINDS = {
+    "region_failed",
+    "region_gone",
+    "region_late",
+    "region_rejoined",
+    "round_retried",
+    "round_skipped",
+}
+"""Events that tell of a failure and what became of it."""
+
+
+def human_bytes(count: float) -> str:
+    """`3.1 MB`: decimal units, as clouds bill them."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        digits = 0 if unit == "B" or count >= 99.95 else 1
+        if round(count, digits) < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.{digits}f} {unit}"
+
+
+def human_count(count: float) -> str:
+    """`950`, `5.8k`, `58k`, `1.2M`."""
+    if not math.isfinite(count):
+        return "-"
+    for unit in ("", "k", "M", "G", "T"):
+        digits = 0 if not unit or count >= 9.95 else 1
+        if round(count, digits) < 1000 or unit == "T":
+            break
+        count /= 1000
+    return f"{count:.{digits}f}{unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    """`6.1 s`, `42 s`, `2 m 05 s`, `1 h 02 m`."""
+    if seconds < 9.95:
+        return f"{max(0.0, seconds):.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+
+
+def human_clock(seconds: float) -> str:
+    """`0:41`, `1:02:03`."""
+    whole = max(0, int(seconds))
+    hours = f"{whole // 3600}:" if whole >= 3600 else ""
+    return f"{hours}{whole % 3600 // 60:0{2 if hours else 1}d}:{whole % 60:02d}"
+
+
+def human_loss(loss: float | None) -> str:
+    """`2.41`, below one `0.241`, and `-` for a loss that does not exist."""
+    if loss is None or not math.isfinite(loss):
+        return "-"
+    return f"{loss:.{2 if abs(loss) >= 1 else 3}f}"
+
+
+def round_line(row: RoundRow, rounds: int, width: int | None = None) -> str:
+    """One committed round on one line, shortened from its end to fit `width`."""
+    parts = [
+        f"round {row.round}/{rounds}",
+        f"train {human_loss(row.train_loss)}",
+        f"eval {human_loss(row.eval_loss)}",
+        f"{human_count(row.tokens)} tokens",
+        f"up {human_bytes(row.bytes_up)}",
+        f"down {human_bytes(row.bytes_down)}",
+        f"compute {human_seconds(row.compute_s)}",
+        f"sync {human_seconds(row.sync_s)}",
+    ]
+    return _fit(parts, "  ", width)
+
+
+def event_line(event: Event, width: int | None = None) -> str | None:
+    """An event worth a line of its own: a region that is ready, a failure, a retry."""
+    get = event.fields.get
+    region, number = get("region"), get("round")
+    if event.kind == "region_starting":
+        if get("attempt", 1) == 1:
+            return f"{region}: loading torch, DeepSpeed"
+        return f"{region}: restarting (start {get('attempt')})"
+    if event.kind == "region_ready":
+        return _ready_line(event.fields, width)
+    if event.kind == "region_failed":
+        reason = _first_line(get("reason")).removeprefix(f"region {region!r}: ")  # said already
+        return f"{region} lost in round {number}: {reason}"
+    if event.kind == "region_gone":
+        return f"{region} is gone for good after {get('restarts')} restarts"
+    if event.kind == "region_late":
+        return f"{region} missed the deadline of round {number}"
+    if event.kind == "region_rejoined":
+        return f"{region} rejoined before round {number}"
+    if event.kind == "round_retried":
+        return f"round {number} tried again (attempt {get('attempt')}): {_first_line(get('reason'))}"
+    if event.kind == "round_skipped":
+        return f"round {number} skipped: {_first_line(get('reason'))}"
+    return None
+
+
+def _ready_line(fields: Mapping[str, Any], width: int | None) -> str:
+    pools = []
+    for pool in fields.get("pools") or ():
+        devices = ", ".join(sorted({str(rank["device"]).partition(":")[0] for rank in pool}))
+        states = [rank["optimizer_state_bytes"] for rank in pool]
+        each = human_bytes(max(states)) + (" each" if len(states) > 1 else "")
+        pools.append(f"{len(pool)} x {devices}, optimizer state {each}")
+    parts = [
+        f"{fields.get('region')} ready in {human_seconds(fields.get('seconds') or 0.0)}: {'; '.join(pools)}"
+    ]
+    if fields.get("eval_loss") is not None:
+        parts.append(f"eval {human_loss(fields['eval_loss'])}")
+    parts.append(f"{human_count(fields.get('parameters') or 0)} parameters")
+    return _fit(parts, "; ", width)
+
+
+def _fit(parts: list[str], separator: str, width: int | None) -> str:
+    """The parts on one line, without its last ones where they do not fit."""
+    parts = list(parts)
+    while width is not None and len(parts) > 1 and len(separator.join(parts)) > width:
+        parts.pop()
+    return separator.join(parts)
+
+
+def _first_line(reason: object) -> str:
+    lines = str(reason or "").strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
+def closing_lines(
+    *,
+    run_dir: Path,
+    job_arguments: Sequence[str],
+    rows: Sequence[RoundRow],
+    rounds: int,
+    finished: bool,
+    reason: str,
+    eval_loss_start: float | None,
+    eval_loss_end: float | None,
+    seconds: float,
+) -> list[str]:
+    """What a run came to, where its results are and what to do next.
+
+    Args:
+        run_dir: the run folder, as the user may type it.
+        job_arguments: the job file and its overrides, as the user typed them.
+        rows: all committed rounds.
+        rounds: rounds the job asks for.
+        finished: whether all of them were played.
+        reason: why not, otherwise.
+        eval_loss_start: of the global model before training.
+        eval_loss_end: after the last committed round.
+        seconds: wall time of this start.
+    """
+    last = rows[-1].round if rows else 0
+    run = shlex.quote(str(run_dir))
+    if finished:
+        head = f"finished {rounds} rounds in {human_seconds(seconds)}"
+    else:
+        head = f"stopped after round {last}/{rounds} ({reason or 'stopped'}), {human_seconds(seconds)}"
+    up, down = sum(row.bytes_up for row in rows), sum(row.bytes_down for row in rows)
+    lines = [
+        head,
+        f"  eval loss   {_fall(eval_loss_start, eval_loss_end)}",
+        f"  trained on  {human_count(sum(row.tokens for row in rows))} tokens",
+        f"  network     {human_bytes(up)} up, {human_bytes(down)} down",
+        f"  results     {run}",
+        "next",
+    ]
+    if not finished:
+        lines.append(f"  xcloud train {shlex.join(job_arguments)} --resume {run}")
+    lines.append(f"  xcloud status {run}")
+    if rows:
+        lines += [
+            f"  xcloud export {run} OUT",
+            f"  tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}",
+        ]
+    return lines
+
+
+def _fall(start: float | None, end: float | None) -> str:
+    if start is None and end is None:
+        return "not measured"
+    text = f"{human_loss(start)} -> {human_loss(end)}"
+    if start and end is not None and math.isfinite(start) and math.isfinite(end):
+        text += f" ({100 * (end - start) / start:+.0f} %)"
+    return text
