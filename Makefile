@@ -39,7 +39,7 @@ test-all: $(VENV)/.installed-dev  ## the tests, slow ones included
 
 check: $(VENV)/.installed-dev  ## lint, format, types, layers
 	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff format --check --output-format concise .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 

@@ -10,7 +10,25 @@ import yaml
 
 from xcloud.config import JobConfig, parse_job
 
-WORDS = "the cloud region rank shard delta anchor round token sum of a to in and is it".split()
+WORDS = [
+    "the",
+    "cloud",
+    "region",
+    "rank",
+    "shard",
+    "delta",
+    "anchor",
+    "round",
+    "token",
+    "sum",
+    "of",
+    "a",
+    "to",
+    "in",
+    "and",
+    "is",
+    "it",
+]
 
 
 def write_corpus(folder: Path, seed: int, documents: int = 40, words: int = 120) -> str:
@@ -59,7 +77,11 @@ def raw_job(folder: Path, regions: list[dict[str, Any]], **changes: Any) -> dict
         "chunk_size": 4096,
         "model": {"config": tiny_model()},
         "regions": regions,
-        "inner": {"steps": 2, "optimizer": {"type": "adamw", "lr": 1e-2}, "schedule": {"type": "cosine", "warmup_steps": 2}},
+        "inner": {
+            "steps": 2,
+            "optimizer": {"type": "adamw", "lr": 1e-2},
+            "schedule": {"type": "cosine", "warmup_steps": 2},
+        },
         "outer": {"type": "nesterov", "lr": 0.7, "momentum": 0.6},
         "evaluation": {"sequences": 8},
         "data": {"cache_dir": str(folder / "cache"), "held_out_fraction": 0.1},

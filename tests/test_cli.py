@@ -1,6 +1,6 @@
 """The command line, with real files and a fake driver.
 
-The fake stands in for `xcloud.driver` and `xcloud.training.export`, which would load Ray
+The fake stands in for `xcloud.driver` and `xcloud.export`, which would load Ray
 and torch: these tests are about the wiring around them.
 """
 
@@ -26,6 +26,7 @@ from xcloud.cli import app
 from xcloud.config import JobConfig
 from xcloud.errors import QuorumError
 from xcloud.metrics import RegionRow, RoundRow, RunLog, read_events, read_rounds
+from xcloud.quiet import apply_quiet, quiet_environment
 
 JOB = """
 name: demo
@@ -290,14 +291,14 @@ class ExportSummary:
 
 
 def test_export(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = types.ModuleType("xcloud.training.export")
+    fake = types.ModuleType("xcloud.export")
 
-    def export_run(run_dir: Path, out: Path, round: int | None = None) -> ExportSummary:  # noqa: A002
+    def export_run(run_dir: Path, out: Path, round: int | None = None) -> ExportSummary:
         assert run_dir == Path("runs/demo")
         return ExportSummary(out, round or 3, 650_000, ["model.safetensors"])
 
     fake.export_run = export_run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "xcloud.training.export", fake)
+    monkeypatch.setitem(sys.modules, "xcloud.export", fake)
     run("train", "job.yaml")
     text = run("export", "demo", "out").stdout
     assert text.startswith("round 3, 650,000 parameters, in out\n")
@@ -323,12 +324,10 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     script = """if True:
         import sys, xcloud.cli
-        xcloud.cli._load("job.yaml", [])
+        xcloud.cli._load("jobs/three_clouds.yaml", [])
         heavy = {"torch", "ray", "deepspeed", "transformers", "datasets", "pyarrow", "tensorboard"}
         print(sorted(heavy & set(sys.modules)))
     """
-    job = Path("jobs/three_clouds.yaml")
-    script = script.replace("job.yaml", str(job))
     loaded = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -340,11 +339,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 
 def test_libraries_are_quiet_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xcloud.quiet import apply_quiet, quiet_environment
-
-    for name in quiet_environment():
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    monkeypatch.setattr(os, "environ", {"TRANSFORMERS_VERBOSITY": "info"})
     apply_quiet()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"

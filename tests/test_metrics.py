@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xcloud.errors import XCloudError
 from xcloud.messages import Progress, RankInfo
@@ -90,8 +91,6 @@ class Recorder:
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     """What TensorBoard itself reads from a run folder: tag -> step -> value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return {
         tag: {point.step: point.value for point in accumulator.Scalars(tag)}

@@ -212,10 +212,10 @@ def test_a_round_line_loses_its_end_on_a_narrow_terminal() -> None:
 
 
 def test_a_ready_line_shows_what_each_rank_of_each_pool_holds() -> None:
-    pools = [[{**rank(i), "device": f"cuda:{i}"} for i in range(2)], [rank(0, 5_200_000)]]
+    pools = [[{**rank(i), "device": f"cuda:{i}"} for i in range(2)], [rank(0, state=0)]]
     fields = {"region": "r", "parameters": 1000, "eval_loss": None, "pools": pools, "seconds": 2.0}
     assert event_line(Event(0.0, "region_ready", fields)) == (
-        "r ready in 2.0 s: 2 x cuda, optimizer state 2.6 MB each; 1 x cpu, optimizer state 5.2 MB; 1.0k parameters"
+        "r ready in 2.0 s: 2 x cuda, optimizer state 2.6 MB each; 1 x cpu, parameters 2.6 MB; 1.0k parameters"
     )
 
 

@@ -8,10 +8,11 @@ so the sum does not depend on who came first and is bit for bit the same after a
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -24,7 +25,7 @@ from xcloud.messages import RegionReport, RoundPlan, RoundSum
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import call
 
-__all__ = ["Aggregation", "ClusterAggregation"]
+__all__ = ["Aggregation", "AggregatorHandle", "ClusterAggregation"]
 
 
 class Aggregation:
@@ -42,7 +43,11 @@ class Aggregation:
         self.blobs = blobs
 
     def merge(
-        self, plan: RoundPlan, lengths: Sequence[int], reports: Sequence[RegionReport], updates: Sequence[Sequence[Handle]]
+        self,
+        plan: RoundPlan,
+        lengths: Sequence[int],
+        reports: Sequence[RegionReport],
+        updates: Sequence[Sequence[Handle]],
     ) -> tuple[RoundSum, list[Handle]]:
         """Combine the regions' updates, chunk by chunk.
 
@@ -59,7 +64,9 @@ class Aggregation:
         began = time.perf_counter()
         for report, handles in zip(reports, updates, strict=True):
             if report.round != plan.round:
-                raise AggregationError(f"{report.region!r} reports round {report.round}, expected {plan.round}")
+                raise AggregationError(
+                    f"{report.region!r} reports round {report.round}, expected {plan.round}"
+                )
             if len(handles) != len(lengths):
                 raise RegionError(report.region, f"sent {len(handles)} chunks, expected {len(lengths)}")
         weights = self.aggregator.weights(reports)
@@ -93,7 +100,9 @@ class Aggregation:
         try:
             (data,) = self.blobs.get([handle])
         except ray.exceptions.RayError as error:
-            raise RegionError(region, f"chunk {chunk} of its update is lost ({type(error).__name__})") from None
+            raise RegionError(
+                region, f"chunk {chunk} of its update is lost ({type(error).__name__})"
+            ) from None
         try:
             return self.codec.decode(data, length)
         except ValueError as error:
@@ -119,9 +128,21 @@ class AggregationActor:
 
     def pid(self) -> int:
         """Process id, for memory measurements."""
-        import os
-
         return os.getpid()
+
+
+class AggregatorHandle(Protocol):
+    """The aggregation actor as the driver sees it."""
+
+    def merge(
+        self,
+        plan: RoundPlan,
+        lengths: Sequence[int],
+        reports: Sequence[RegionReport],
+        updates: Sequence[Sequence[Any]],
+    ) -> Future[tuple[RoundSum, list[Any]]]: ...
+
+    def restart(self) -> None: ...
 
 
 class ClusterAggregation:
@@ -135,7 +156,11 @@ class ClusterAggregation:
         self.actor = ray.remote(AggregationActor).options(num_cpus=0).remote(*self._options)
 
     def merge(
-        self, plan: RoundPlan, lengths: Sequence[int], reports: Sequence[RegionReport], updates: Sequence[Sequence[Handle]]
+        self,
+        plan: RoundPlan,
+        lengths: Sequence[int],
+        reports: Sequence[RegionReport],
+        updates: Sequence[Sequence[Handle]],
     ) -> Future[tuple[RoundSum, list[Handle]]]:
         """Merge in the actor; see `Aggregation.merge`."""
         reference = self.actor.merge.remote(

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from xcloud.errors import CheckpointError
 from xcloud.messages import CheckpointFile
 
-__all__ = ["ChunkFile", "CheckpointStore", "CommitRecord", "RegionState", "chunk_files"]
+__all__ = ["CheckpointStore", "ChunkFile", "CommitRecord", "RegionState", "chunk_files"]
 
 FILE_BYTES = 256 << 20
 """Upper bound of one tensor file, so that writing never holds a second copy of a large shard."""
@@ -111,7 +111,12 @@ class CheckpointStore:
         return posixpath.join(self.root, f"round-{round:06d}")
 
     def write_tensors(
-        self, round: int, prefix: str, chunks: range, tensors: Mapping[str, Mapping[int, Array]], scalars: dict[str, Any]
+        self,
+        round: int,
+        prefix: str,
+        chunks: range,
+        tensors: Mapping[str, Mapping[int, Array]],
+        scalars: dict[str, Any],
     ) -> list[CheckpointFile]:
         """Write per-chunk tensors of the given chunk ids.
 
@@ -224,7 +229,9 @@ class CheckpointStore:
             return CommitRecord.model_validate_json(self.fs.cat_file(path))
         except FileNotFoundError:
             known = ", ".join(map(str, self.rounds())) or "none"
-            raise CheckpointError(f"{self.url}: round {round} has no checkpoint; committed rounds: {known}") from None
+            raise CheckpointError(
+                f"{self.url}: round {round} has no checkpoint; committed rounds: {known}"
+            ) from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise CheckpointError(f"{path}: damaged: {first['loc']}: {first['msg']}") from None

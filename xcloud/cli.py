@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -126,14 +126,19 @@ def train(
     config = _load(job, overrides)
     command = [str(job), *(word for override in overrides or () for word in ("--set", override))]
     folder = _run_folder(config.name, command, run_dir, resume)
-    view = JsonView() if as_json else text_view(config, folder, Console(highlight=False))
+    view = JsonView() if as_json else text_view(config, folder, Console(file=sys.stdout, highlight=False))
     signals = _Signals(view)
     with closing(view), RunLog(folder, [view, signals]) as log:
         # Here, because it loads Ray: `xcloud --help` should not wait for that, and the view already shows.
         from xcloud.driver import train as play  # noqa: PLC0415
 
         try:
-            with signals:
+            # Ray prints its raylets' complaints on standard output; they belong beside the run's records.
+            with (
+                signals,
+                (folder / "ray.log").open("a", encoding="utf-8") as chatter,
+                redirect_stdout(chatter),
+            ):
                 outcome = play(
                     config,
                     run_dir=folder,
@@ -202,7 +207,7 @@ def export(
     """Write a run's model as a Hugging Face folder."""
     folder = _find_run(run)
     # Here, because it loads torch, and `xcloud --help` should not wait for that.
-    from xcloud.training.export import export_run  # noqa: PLC0415
+    from xcloud.export import export_run  # noqa: PLC0415
 
     summary = export_run(folder, out, round=round_)
     if as_json:

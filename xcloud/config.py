@@ -150,7 +150,9 @@ class JobConfig(_Section):
     rounds: Annotated[int, Field(ge=1)]
     sequence_length: Annotated[int, Field(ge=2)] = 256
     model: ModelConfig
-    tokenizer: Annotated[SerializeAsAny[TokenizerConfig], BeforeValidator(TOKENIZERS.parse)] = BytesTokenizerConfig()
+    tokenizer: Annotated[SerializeAsAny[TokenizerConfig], BeforeValidator(TOKENIZERS.parse)] = (
+        BytesTokenizerConfig()
+    )
     regions: Annotated[tuple[RegionConfig, ...], Field(min_length=1)]
     inner: InnerConfig = InnerConfig()
     aggregator: Annotated[SerializeAsAny[AggregatorConfig], BeforeValidator(AGGREGATORS.parse)] = MeanConfig()
@@ -190,7 +192,13 @@ class JobConfig(_Section):
             )
         return self
 
+    @property
+    def cpus(self) -> int:
+        """CPU cores that all pools together reserve."""
+        return sum(pool.workers * pool.cpus for region in self.regions for pool in region.pools)
+
     def region(self, name: str) -> RegionConfig:
+        """The region called `name`."""
         return next(region for region in self.regions if region.name == name)
 
 
@@ -232,7 +240,9 @@ def parse_job(text: str, overrides: Iterable[str] = (), origin: str = "job") -> 
         return JobConfig.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(e, raw) for e in error.errors(include_url=False)]
-        raise ConfigError(f"{origin}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
+        raise ConfigError(
+            f"{origin}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
+        ) from None
 
 
 def dump_job(job: JobConfig) -> str:
@@ -244,7 +254,7 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
@@ -302,7 +312,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
         else:
             at = ".".join(keys[:depth])
             if depth and isinstance(node, str):
-                raise ConfigError(f"--set {override!r}: {at} is the name {node!r}; give a mapping with 'type:'")
+                raise ConfigError(
+                    f"--set {override!r}: {at} is the name {node!r}; give a mapping with 'type:'"
+                )
             raise ConfigError(f"--set {override!r}: {at} is a single value and has no key {key!r}")
 
 

@@ -14,25 +14,26 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from xcloud.aggregation import ClusterAggregation
+from xcloud.aggregation import AggregatorHandle, ClusterAggregation
 from xcloud.checkpoint import CheckpointStore, CommitRecord
 from xcloud.cloud.session import ray_session
-from xcloud.config import JobConfig, dump_job
+from xcloud.config import JobConfig
 from xcloud.errors import QuorumError, RegionError
-from xcloud.fleet import Fleet
+from xcloud.fleet import Fleet, RegionHandle
 from xcloud.ledger import Ledger, keep_job
-from xcloud.messages import RegionReport, RestoreOrder, RoundPlan, RoundSum, SaveOrder
+from xcloud.messages import RegionReport, RoundPlan, RoundSum, Saved, SaveOrder, json_safe
 from xcloud.metrics import RunLog
 from xcloud.policies import Action, Decision, decide
 from xcloud.region import ClusterRegion
 
-__all__ = ["AggregatorHandle", "Outcome", "Run", "train"]
+__all__ = ["Outcome", "Run", "train"]
 
 Offers = Mapping[str, tuple[RegionReport, list[Any]]]
 
@@ -48,21 +49,17 @@ class Outcome:
     eval_loss_end: float | None
 
 
-class AggregatorHandle(Protocol):
-    """The aggregation actor as the driver sees it."""
-
-    def merge(
-        self, plan: RoundPlan, lengths: Sequence[int], reports: Sequence[RegionReport], updates: Sequence[Sequence[Any]]
-    ) -> Future[tuple[RoundSum, list[Any]]]: ...
-
-    def restart(self) -> None: ...
-
-
 class Run:
     """One run of one job, over a fleet and an aggregator that may be real or not."""
 
     def __init__(
-        self, job: JobConfig, fleet: Fleet, aggregator: AggregatorHandle, store: CheckpointStore, log: RunLog, stop: threading.Event
+        self,
+        job: JobConfig,
+        fleet: Fleet,
+        aggregator: AggregatorHandle,
+        store: CheckpointStore,
+        log: RunLog,
+        stop: threading.Event,
     ) -> None:
         self.job, self.fleet, self.aggregator, self.log, self.stop = job, fleet, aggregator, log, stop
         self.ledger = Ledger(job, store)
@@ -79,19 +76,19 @@ class Run:
         self.ledger.begin(self.fleet.start(evaluate=record is None))
         if record is not None:
             self.ledger.resume(record)
-            self.fleet.ask(lambda region: region.restore(self.order(region.name)), record.round)
+            self.fleet.ask(lambda region: region.restore(self.ledger.order(region.name)), record.round)
         for number in range(self.ledger.round + 1, last + 1):
             if self.stop.is_set():
                 break
             self.round(number, final=number == last)
-        if self.ledger.saved is None or self.ledger.saved.round < self.ledger.round:
-            self.checkpoint()
+        played = not self.stop.is_set() or self.ledger.round == last
+        self.checkpoint()
         done = self.ledger
-        outcome = Outcome(done.round, done.round >= self.job.rounds, "", done.eval_start, done.eval_loss)
-        if outcome.finished:
-            self.log.event("run_finished", rounds=done.round, eval_loss=done.eval_loss, seconds=time.monotonic() - began)
-            return outcome
-        reason = "interrupted" if self.stop.is_set() else "stop-after"
+        if played and last == self.job.rounds:
+            seconds = time.monotonic() - began
+            self.log.event("run_finished", rounds=done.round, eval_loss=done.eval_loss, seconds=seconds)
+            return Outcome(done.round, True, "", done.eval_start, done.eval_loss)
+        reason = "stop-after" if played else "interrupted"
         self.log.event("run_stopped", round=done.round, reason=reason)
         return Outcome(done.round, False, reason, done.eval_start, done.eval_loss)
 
@@ -101,32 +98,41 @@ class Run:
         Raises:
             QuorumError: the failure policy gives up.
         """
-        evaluate = final or self.job.evaluation.sequences > 0 and number % self.job.evaluation.every == 0
         for attempt in itertools.count(1):
             self.recover(number)
-            began = time.perf_counter()
-            plan = self.plan(number, attempt)
-            self.log.event("round_started", round=number, attempt=attempt, rounds=self.job.rounds, regions=self.fleet.ready)
-            offers = self.fleet.ask(lambda region: region.run(plan), number, self.job.failure.deadline_s, self.heard)
-            decision = decide(self.job.failure, len(self.job.regions), offers, attempt)
-            if decision.action is not Action.MERGE:
-                if self.give_up(number, attempt, decision):
-                    return
-                continue
-            merged = self.merge(plan, offers)
-            if merged is None:
-                continue
-            total, handles = merged
-            applied = self.fleet.ask(lambda region: region.apply(total, handles, evaluate), number)
-            if not applied:
-                raise QuorumError(f"round {number}: every region was lost while it applied the merged update")
-            reports = {name: report for name, (report, _) in offers.items()}
-            row = self.ledger.close_round(plan, reports, total, applied, time.perf_counter() - began)
-            self.log.round(row)
-            every = self.job.checkpoint.every
-            if every and number % every == 0 or final or self.stop.is_set() or self.fleet.recovering:
-                self.checkpoint()
-            return
+            if self.attempt(self.plan(number, attempt), final):
+                return
+
+    def attempt(self, plan: RoundPlan, final: bool) -> bool:
+        """Try a round once; True when it is over, False to try again."""
+        began, number, job = time.perf_counter(), plan.round, self.job
+        evaluate = final or (job.evaluation.sequences > 0 and number % job.evaluation.every == 0)
+        self.log.event(
+            "round_started",
+            **plan.model_dump(include={"round", "attempt"}),
+            rounds=job.rounds,
+            regions=self.fleet.ready,
+        )
+        offers = self.fleet.run(plan, job.failure.deadline_s)
+        decision = decide(job.failure, len(job.regions), offers, plan.attempt)
+        if decision.action is not Action.MERGE:
+            return self.give_up(plan, decision)
+        merged = self.merge(plan, offers)
+        if merged is None:
+            return False
+        total, handles = merged
+        applied = self.fleet.ask(lambda region: region.apply(total, handles, evaluate), number)
+        if not applied:
+            raise QuorumError(f"round {number}: every region was lost while it applied the merged update")
+        reports = {name: report for name, (report, _) in offers.items()}
+        self.log.round(self.ledger.close_round(plan, reports, total, applied, time.perf_counter() - began))
+        for name, answer in applied.items():
+            if answer.pools:
+                self.log.event("region_sharding", region=name, pools=json_safe(answer)["pools"])
+        due = job.checkpoint.every and number % job.checkpoint.every == 0
+        if due or final or self.stop.is_set() or self.fleet.recovering:
+            self.checkpoint()
+        return True
 
     def plan(self, number: int, attempt: int) -> RoundPlan:
         """What every region is asked to do."""
@@ -154,64 +160,52 @@ class Run:
                 raise QuorumError(f"round {plan.round}: {error}, after {plan.attempt} attempts") from error
             self.log.event("round_retried", round=plan.round, attempt=plan.attempt + 1, reason=str(error))
             return None
-        self.log.event("round_merged", round=plan.round, regions=list(offers), seconds=time.perf_counter() - began)
+        self.log.event(
+            "round_merged", round=plan.round, regions=list(offers), seconds=time.perf_counter() - began
+        )
         return total, handles
 
-    def give_up(self, number: int, attempt: int, decision: Decision) -> bool:
+    def give_up(self, plan: RoundPlan, decision: Decision) -> bool:
         """Act on a round below quorum; True when the round is over.
 
         Raises:
             QuorumError: the policy says to abort.
         """
         if decision.action is Action.RETRY:
-            self.log.event("round_retried", round=number, attempt=attempt + 1, reason=decision.reason)
+            self.log.event(
+                "round_retried", round=plan.round, attempt=plan.attempt + 1, reason=decision.reason
+            )
             return False
         if decision.action is Action.SKIP:
-            self.fleet.ask(lambda region: region.discard(), number)
-            self.log.event("round_skipped", round=number, reason=decision.reason)
+            self.fleet.ask(lambda region: region.discard(), plan.round)
+            self.log.event("round_skipped", round=plan.round, reason=decision.reason)
             return True
-        raise QuorumError(f"round {number}: {decision.reason}; nothing of it was committed")
+        raise QuorumError(f"round {plan.round}: {decision.reason}; nothing of it was committed")
 
     def recover(self, number: int) -> None:
         """Bring back regions that are away; wait for them only if the round cannot do without."""
-        if self.fleet.recovering and self.ledger.round and self.fleet.ready:
-            if self.ledger.saved is None or self.ledger.saved.round < self.ledger.round:
-                self.checkpoint()
-        self.fleet.recover(self.order_or_none, number, self.quorum)
+        if self.fleet.recovering:
+            self.checkpoint()  # what they will have to load
+        saved = self.ledger.saved.round if self.ledger.saved else 0
+        if self.fleet.ready or saved == self.ledger.round:
+            self.fleet.recover(self.ledger.order_or_none, number, self.quorum)
         if not self.fleet.ready:
-            raise QuorumError(f"round {number}: no region is left; round {self.ledger.round} stays committed")
+            raise QuorumError(f"round {number}: no region is left; go on from round {saved} with --resume")
 
     def checkpoint(self) -> None:
-        """Save every ready region's state of the committed round, then commit it."""
+        """Save every ready region's state of the committed round, unless that is done already."""
         number = self.ledger.round
-        while number and self.fleet.ready:
+        while self.fleet.ready and number > (self.ledger.saved.round if self.ledger.saved else 0):
             self.ledger.store.clear(number)
             donor = self.fleet.ready[0]
-            saved = self.fleet.ask(lambda r, donor=donor: r.save(SaveOrder(round=number, donor=r.name == donor)), number)
+            saved = self.fleet.ask(partial(_save, number, donor), number)
             if donor in saved:
                 self.ledger.commit(saved, donor)
                 self.log.event("checkpoint_committed", round=number, path=self.ledger.store.folder(number))
-                return
 
-    def order(self, name: str) -> RestoreOrder:
-        """What a region loads to stand at the committed round."""
-        order = self.ledger.restore_order(name)
-        assert order is not None
-        return order
 
-    def order_or_none(self, name: str) -> RestoreOrder | None:
-        return self.ledger.restore_order(name) if self.ledger.round else None
-
-    def heard(self, name: str, answer: tuple[RegionReport, list[Any]]) -> None:
-        report = answer[0]
-        self.log.event(
-            "region_finished",
-            round=report.round,
-            region=name,
-            tokens=report.tokens,
-            train_loss=report.train_loss,
-            seconds=report.compute_s,
-        )
+def _save(number: int, donor: str, region: RegionHandle) -> Future[Saved]:
+    return region.save(SaveOrder(round=number, donor=region.name == donor))
 
 
 def train(
@@ -234,9 +228,8 @@ def train(
     store = CheckpointStore(url)
     record = store.latest() if resume else None
     log.rewind(record.round if record else 0)
-    workers = sum(pool.workers * pool.cpus for region in job.regions for pool in region.pools)
     names = [region.name for region in job.regions]
-    with ray_session(address, workers) as session:
+    with ray_session(address, job.cpus) as session:
         log.event(
             "run_started",
             job=job.name,
@@ -248,11 +241,15 @@ def train(
             simulation=session.nodes == 1,
             resumed_round=record.round if record else None,
         )
-        text = dump_job(job)
-        fleet = Fleet(names, lambda name: ClusterRegion(text, name, not session.local, url), job.failure, log)
+        fleet = Fleet(names, lambda name: ClusterRegion(job, name, not session.local, url), job.failure, log)
         try:
             aggregator = ClusterAggregation(job.aggregator, job.codec)
             return Run(job, fleet, aggregator, store, log, stop or threading.Event()).play(record, stop_after)
+        except KeyboardInterrupt:
+            log.event(
+                "run_stopped", round=store.rounds()[-1] if store.rounds() else 0, reason="interrupted at once"
+            )
+            raise
         except BaseException as error:
             log.event("run_failed", reason=f"{type(error).__name__}: {error}")
             raise

@@ -55,7 +55,9 @@ def export_run(run_dir: Path, out: Path, round: int | None = None) -> ExportSumm
     named = trainable(built)
     manifest = Manifest.of(((name, tuple(p.shape)) for name, p in named.items()), record.chunk_size)
     if manifest.digest != record.manifest_digest:
-        raise ExportError(f"{store.url}: round {record.round} holds another model than the run's job file describes")
+        raise ExportError(
+            f"{store.url}: round {record.round} holds another model than the run's job file describes"
+        )
     every = range(manifest.chunk_count)
     tensors, _ = store.read_tensors(record.round, chunk_files(record.model_files, "model/"), every)
     flat = np.concatenate([tensors["anchor"][chunk] for chunk in every])
@@ -65,7 +67,7 @@ def export_run(run_dir: Path, out: Path, round: int | None = None) -> ExportSumm
     built.config.use_cache = True  # type: ignore[union-attr]
     if getattr(built.config, "eos_token_id", None) is None:
         built.config.eos_token_id = words.eos_id  # type: ignore[union-attr]
-    built.generation_config = GenerationConfig.from_model_config(built.config)  # type: ignore[arg-type]
+    built.generation_config = GenerationConfig.from_model_config(built.config)  # type: ignore[arg-type, assignment]
     built.save_pretrained(out, safe_serialization=True)  # type: ignore[operator]
     words.save(out)
     files = sorted(path.name for path in out.iterdir())

@@ -14,8 +14,19 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
-from xcloud.errors import DivergenceError, RegionError
-from xcloud.messages import Applied, Progress, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, SaveOrder, Saved, json_safe
+from xcloud.errors import DivergenceError, PlacementError, RegionError
+from xcloud.messages import (
+    Applied,
+    Progress,
+    RegionReady,
+    RegionReport,
+    RestoreOrder,
+    RoundPlan,
+    RoundSum,
+    Saved,
+    SaveOrder,
+    json_safe,
+)
 from xcloud.metrics import RunLog
 from xcloud.policies import FailureConfig
 
@@ -140,6 +151,7 @@ class Fleet:
             except (RegionError, DivergenceError) as error:
                 self.lose(name, round, str(error))
                 continue
+            self._members[name].restarts = 0
             if on_answer is not None:
                 on_answer(name, answers[name])
         for future, name in futures.items():
@@ -147,6 +159,10 @@ class Fleet:
                 self._members[name].state, self._members[name].busy = State.LATE, future
                 self._log.event("region_late", region=name, round=round)
         return {name: answers[name] for name in self._members if name in answers}
+
+    def run(self, plan: RoundPlan, deadline_s: float | None) -> dict[str, tuple[RegionReport, list[Any]]]:
+        """Ask every ready region for its update of a round, as `ask` does."""
+        return self.ask(lambda region: region.run(plan), plan.round, deadline_s, self._log_finished)
 
     def lose(self, name: str, round: int, reason: str) -> None:
         """Give up a region's processes; it may be restarted."""
@@ -170,10 +186,10 @@ class Fleet:
                 if member.state is State.LOST:
                     self._restart(name, member)
             self._take_back(order, round)
-            waiting = {m.busy: n for n, m in self._members.items() if m.busy is not None}
-            if len(self.ready) >= needed or not waiting:
+            if len(self.ready) >= needed or not self.recovering:
                 return
-            wait(waiting, timeout=TICK_S, return_when=FIRST_COMPLETED)
+            busy = [m.busy for m in self._members.values() if m.busy is not None]
+            wait(busy, timeout=TICK_S, return_when=FIRST_COMPLETED)
 
     def close(self) -> None:
         """End all regions' processes."""
@@ -196,10 +212,14 @@ class Fleet:
                 continue
             done, member.busy = member.busy, None
             failed = done.exception()
-            if isinstance(failed, RegionError | DivergenceError):
+            if isinstance(failed, RegionError | DivergenceError | PlacementError):
                 self.lose(name, round, str(failed))
                 continue
-            done.result()  # anything else is not the region's failure
+            answer = done.result()  # anything else is not the region's failure
+            if member.state is State.LATE and isinstance(answer, tuple) and answer[0].round == round:
+                member.state = State.READY  # the round is being tried again, and its update is good for it
+                self._log.event("region_rejoined", region=name, round=round)
+                continue
             restore = order(name)
             if restore is None and member.state is State.LATE:
                 self.lose(name, round, "it was late before anything was committed; it starts again")
@@ -241,3 +261,14 @@ class Fleet:
         for key in ("manifest_digest", "model_digest", "eval_tokens"):
             del fields[key]
         self._log.event("region_ready", **fields, seconds=seconds)
+
+    def _log_finished(self, name: str, answer: tuple[RegionReport, list[Any]]) -> None:
+        report = answer[0]
+        self._log.event(
+            "region_finished",
+            round=report.round,
+            region=name,
+            tokens=report.tokens,
+            train_loss=report.train_loss,
+            seconds=report.compute_s,
+        )

@@ -71,10 +71,13 @@ class Ledger:
         self.cursors |= {name: state.cursor for name, state in record.regions.items()}
         self.tokens, self.eval_start, self.eval_loss = record.tokens, record.eval_loss_start, record.eval_loss
 
-    def restore_order(self, name: str) -> RestoreOrder | None:
+    def order_or_none(self, name: str) -> RestoreOrder | None:
         """What region `name` has to load to stand at the committed round; None at round 0."""
-        if self.saved is None:
-            return None
+        return self.order(name) if self.round else None
+
+    def order(self, name: str) -> RestoreOrder:
+        """Like `order_or_none`, once a round is committed."""
+        assert self.saved is not None
         assert self.saved.round == self.round, "a region may only come back to the committed round"
         state = self.saved.regions.get(name)
         return RestoreOrder(
@@ -86,7 +89,12 @@ class Ledger:
         )
 
     def close_round(
-        self, plan: RoundPlan, reports: Mapping[str, RegionReport], total: RoundSum, applied: Mapping[str, Applied], wall_s: float
+        self,
+        plan: RoundPlan,
+        reports: Mapping[str, RegionReport],
+        total: RoundSum,
+        applied: Mapping[str, Applied],
+        wall_s: float,
     ) -> RoundRow:
         """Book a merged and applied round; returns its row.
 
@@ -96,7 +104,9 @@ class Ledger:
         digests = {name: answer.model_digest for name, answer in applied.items()}
         if len(set(digests.values())) != 1:
             held = ", ".join(f"{name}: {digest[:12]}" for name, digest in digests.items())
-            raise DivergenceError(f"round {plan.round}: the regions hold different models after the outer step ({held})")
+            raise DivergenceError(
+                f"round {plan.round}: the regions hold different models after the outer step ({held})"
+            )
         self.round, self.model_digest = plan.round, next(iter(digests.values()))
         self.cursors |= {name: report.cursor for name, report in reports.items()}
         tokens = sum(report.tokens for report in reports.values())
@@ -108,14 +118,18 @@ class Ledger:
         return RoundRow(
             round=plan.round,
             attempt=plan.attempt,
-            train_loss=sum(r.train_loss * r.tokens for r in reports.values()) / max(1, tokens) if tokens else math.nan,
+            train_loss=sum(r.train_loss * r.tokens for r in reports.values()) / max(1, tokens)
+            if tokens
+            else math.nan,
             eval_loss=loss,
             tokens=tokens,
             bytes_up=sum(report.bytes_up for report in reports.values()),
             bytes_down=total.bytes_down * len(applied),
             compute_s=compute_s,
             sync_s=max(0.0, wall_s - compute_s - eval_s),
-            regions={name: self._region_row(report, total, applied.get(name)) for name, report in reports.items()},
+            regions={
+                name: self._region_row(report, total, applied.get(name)) for name, report in reports.items()
+            },
             model_digest=self.model_digest,
         )
 
@@ -137,7 +151,11 @@ class Ledger:
         """Write the commit record of the current round; regions that were away keep their last inner state."""
         regions = {}
         for name, cursor in self.cursors.items():
-            files = tuple(f for f in saved[name].files if not f.path.startswith("model/")) if name in saved else ()
+            files = (
+                tuple(f for f in saved[name].files if not f.path.startswith("model/"))
+                if name in saved
+                else ()
+            )
             inner_round: int | None = self.round if name in saved else None
             previous = self.saved.regions.get(name) if self.saved else None
             if name not in saved and previous is not None and self.saved is not None:

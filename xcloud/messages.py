@@ -158,7 +158,10 @@ class RoundSum(Message):
 
 
 class Applied(Message):
-    """A region has applied the outer step of one round."""
+    """A region has applied the outer step of one round.
+
+    `pools` is filled after the first round since the start, when the optimizers hold their state.
+    """
 
     region: str
     round: int
@@ -167,6 +170,7 @@ class Applied(Message):
     eval_tokens: int
     apply_s: float
     eval_s: float
+    pools: tuple[tuple[RankInfo, ...], ...] = ()
 
 
 class CheckpointFile(Message):

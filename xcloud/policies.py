@@ -45,7 +45,7 @@ class FailureConfig(PartConfig):
         deadline_s: seconds after which a round stops waiting for late regions; null waits.
         below_quorum: what to do when fewer than `quorum` regions answered.
         max_retries: attempts after the first at one round before the run is aborted.
-        max_restarts: times one region may be restarted before it counts as lost for good.
+        max_restarts: restarts of one region in a row, without a finished round, before it counts as lost for good.
     """
 
     quorum: Annotated[int, Field(ge=1)] | None = None

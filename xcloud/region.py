@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from xcloud.aggregators import MeanConfig
-from xcloud.cloud.placement import place_pool
-from xcloud.config import JobConfig, PoolConfig, parse_job
+from xcloud.cloud.placement import place_pool, release_pool
+from xcloud.config import JobConfig, PoolConfig, dump_job, parse_job
 from xcloud.errors import DivergenceError
 from xcloud.messages import (
     Applied,
@@ -41,8 +42,8 @@ from xcloud.messages import (
     RestoreOrder,
     RoundPlan,
     RoundSum,
-    SaveOrder,
     Saved,
+    SaveOrder,
 )
 from xcloud.quiet import quiet_environment
 from xcloud.training.spec import Offer, Trained, WorkerSpec
@@ -100,6 +101,11 @@ class Pending:
     handles: list[Handle]
 
 
+def group_name(tag: str, pool: int) -> str:
+    """Name of a pool's placement group."""
+    return f"{tag}/pool-{pool}"
+
+
 def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec:
     """What one rank needs to know of the job."""
     settings = job.region(region)
@@ -135,12 +141,16 @@ class Region:
     Args:
         job: the whole job.
         name: which of its regions this is.
+        tag: unique in the cluster; begins the names of the placement groups.
         enforce_labels: place pools by their node labels.
         progress: picklable callable for the ranks' progress, or None.
     """
 
-    def __init__(self, job: JobConfig, name: str, enforce_labels: bool, progress: Any = None) -> None:
+    def __init__(
+        self, job: JobConfig, name: str, tag: str, enforce_labels: bool, progress: Any = None
+    ) -> None:
         self.job = job
+        self.tag = tag
         self.name = name
         self.settings = job.region(name)
         self.enforce_labels = enforce_labels
@@ -149,6 +159,7 @@ class Region:
         self.cursor = 0
         self.model_digest = ""
         self.pending: Pending | None = None
+        self._shown = False
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}
         self._round = (0, 0.0)
@@ -159,7 +170,7 @@ class Region:
     def start(self, evaluate: bool) -> RegionReady:
         """Place the pools, start every rank's engine and, if asked, evaluate the first model."""
         for index, pool in enumerate(self.settings.pools):
-            group = place_pool(f"{self.job.name}/{self.name}/{index}", pool, self.enforce_labels)
+            group = place_pool(group_name(self.tag, index), pool, self.enforce_labels)
             ranks = [self._spawn(group, index, pool, rank) for rank in range(pool.workers)]
             self.pools.append(Pool(pool, group, ranks))
         meetings = gather([pool.ranks[0].rendezvous.remote() for pool in self.pools])
@@ -252,7 +263,9 @@ class Region:
         norm_squared = 0.0
         for references in calls:
             offers: list[Offer] = gather(references)
-            by_pool.append({chunk: (handle, size) for offer in offers for chunk, handle, size in offer.chunks})
+            by_pool.append(
+                {chunk: (handle, size) for offer in offers for chunk, handle, size in offer.chunks}
+            )
             norm_squared = sum(offer.norm_squared for offer in offers)
         if single:
             return [by_pool[0][chunk] for chunk in sorted(by_pool[0])], norm_squared
@@ -290,6 +303,7 @@ class Region:
         self.pending = None
         applied = time.perf_counter()
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
+        infos, self._shown = () if self._shown else self._infos(), True
         return Applied(
             region=self.name,
             round=total.round,
@@ -298,6 +312,7 @@ class Region:
             eval_tokens=tokens,
             apply_s=applied - began,
             eval_s=time.perf_counter() - applied,
+            pools=infos,
         )
 
     def discard(self) -> None:
@@ -336,8 +351,9 @@ class Region:
     # -- facts ----------------------------------------------------------------------------
 
     def _ready(self, evaluate: bool) -> RegionReady:
-        infos = [gather(pool.ask("info")) for pool in self.pools]
-        data, sequences, manifest, parameters, chunks = ray.get(self.pools[0].ranks[0].call.remote("describe"))
+        data, sequences, manifest, parameters, chunks = ray.get(
+            self.pools[0].ranks[0].call.remote("describe")
+        )
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
         return RegionReady(
             region=self.name,
@@ -347,10 +363,14 @@ class Region:
             chunks=chunks,
             data=data,
             train_sequences=sequences,
-            pools=tuple(tuple(pool) for pool in infos),
+            pools=self._infos(),
             eval_loss=loss,
             eval_tokens=tokens,
         )
+
+    def _infos(self) -> tuple[tuple[RankInfo, ...], ...]:
+        """What every rank holds."""
+        return tuple(tuple(gather(pool.ask("info"))) for pool in self.pools)
 
     def _evaluate(self) -> tuple[float, int]:
         """Mean held-out loss of the current model, on the first pool."""
@@ -366,7 +386,9 @@ class Region:
         for digests in gather(references):
             for chunk, digest in digests.items():
                 if seen.setdefault(chunk, digest) != digest:
-                    raise DivergenceError(f"region {self.name!r}: its pools hold different values in chunk {chunk}")
+                    raise DivergenceError(
+                        f"region {self.name!r}: its pools hold different values in chunk {chunk}"
+                    )
         self.model_digest = xxhash.xxh3_128_hexdigest("".join(seen[c] for c in sorted(seen)).encode())
 
     def note_progress(self, pool: int, step: int, tokens: int, loss: float) -> None:
@@ -405,9 +427,9 @@ class _ProgressSink:
 class RegionActor:
     """`Region` inside an actor: headers as JSON bytes, buffers as handles."""
 
-    def __init__(self, job: str, name: str, enforce_labels: bool, checkpoint_url: str) -> None:
+    def __init__(self, job: str, name: str, tag: str, enforce_labels: bool, checkpoint_url: str) -> None:
         sink = _ProgressSink(ray.get_runtime_context().current_actor)
-        self.region = Region(parse_job(job), name, enforce_labels, sink)
+        self.region = Region(parse_job(job), name, tag, enforce_labels, sink)
         self.url = checkpoint_url
 
     def start(self, evaluate: bool) -> bytes:
@@ -448,13 +470,18 @@ class RegionActor:
 class ClusterRegion:
     """The driver's side of a region in its own Ray cluster."""
 
-    def __init__(self, job_text: str, name: str, enforce_labels: bool, checkpoint_url: str) -> None:
+    def __init__(self, job: JobConfig, name: str, enforce_labels: bool, checkpoint_url: str) -> None:
         self.name = name
+        tag = f"{job.name}/{name}/{uuid.uuid4().hex[:8]}"
+        self._groups = [group_name(tag, pool) for pool in range(len(job.region(name).pools))]
         options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 4}
-        self.actor = ray.remote(RegionActor).options(**options).remote(job_text, name, enforce_labels, checkpoint_url)
+        actor = ray.remote(RegionActor).options(**options)
+        self.actor = actor.remote(dump_job(job), name, tag, enforce_labels, checkpoint_url)
 
     def start(self, evaluate: bool) -> Future[RegionReady]:
-        return call(self.name, self.actor.start.remote(evaluate), lambda r: RegionReady.from_wire(r, self.name))
+        return call(
+            self.name, self.actor.start.remote(evaluate), lambda r: RegionReady.from_wire(r, self.name)
+        )
 
     def run(self, plan: RoundPlan) -> Future[tuple[RegionReport, list[Handle]]]:
         reference = self.actor.run.remote(plan.to_wire())
@@ -465,10 +492,12 @@ class ClusterRegion:
         return call(self.name, reference, lambda r: Applied.from_wire(r, self.name))
 
     def discard(self) -> Future[None]:
-        return call(self.name, self.actor.discard.remote(), lambda r: None)
+        return call(self.name, self.actor.discard.remote(), lambda _: None)
 
     def save(self, order: SaveOrder) -> Future[Saved]:
-        return call(self.name, self.actor.save.remote(order.to_wire()), lambda r: Saved.from_wire(r, self.name))
+        return call(
+            self.name, self.actor.save.remote(order.to_wire()), lambda r: Saved.from_wire(r, self.name)
+        )
 
     def restore(self, order: RestoreOrder) -> Future[RegionReady]:
         reference = self.actor.restore.remote(order.to_wire())
@@ -479,5 +508,7 @@ class ClusterRegion:
         return call(self.name, reference, lambda r: Progress.from_wire(r, self.name) if r else None)
 
     def kill(self) -> None:
-        """End the region's processes now."""
+        """End the region's processes and give its resources back, now."""
         ray.kill(self.actor)
+        for group in self._groups:
+            release_pool(group)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import statistics
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,8 +122,10 @@ class PeerRun:
 
 
 def requirements_digest() -> str:
-    """SHA-256 of the pinned requirements, which the installer leaves in the environment it made."""
-    return hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    """SHA-256 of the pins, comments aside, which the installer leaves in the environment it made."""
+    lines = REQUIREMENTS.read_text().splitlines()
+    pins = "\n".join(line for line in lines if line and not line.startswith("#"))
+    return hashlib.sha256(pins.encode()).hexdigest()
 
 
 def flower_python() -> Path | None:
@@ -135,21 +136,23 @@ def flower_python() -> Path | None:
     return python if INSTALLED.read_text().strip() == requirements_digest() else None
 
 
-def run_peer(name: str, options: PeerOptions, python: Path | None = None, timeout_s: float = 900.0) -> PeerRun:
+def run_peer(name: str, python: Path, options: PeerOptions, timeout_s: float = 900.0) -> PeerRun:
     """Run `benchmarks.peers.NAME` in a process of its own.
 
     Args:
         name: module of this package, `plain_ray` or `flower_sim`.
+        python: interpreter, `Path(sys.executable)` for plain Ray and `flower_python()` for Flower.
         options: what to play.
-        python: interpreter; this one by default.
         timeout_s: after which the peer is killed.
 
     Raises:
         PeerError: it failed, or took longer than `timeout_s`.
     """
-    command = [str(python or sys.executable), "-m", f"benchmarks.peers.{name}", *options.arguments()]
+    command = [str(python), "-m", f"benchmarks.peers.{name}", *options.arguments()]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
     except subprocess.TimeoutExpired:
         raise PeerError(f"{name}: no result after {timeout_s:.0f} s") from None
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

@@ -13,7 +13,7 @@ import venv
 from benchmarks.peers import ENVIRONMENT, INSTALLED, REQUIREMENTS, flower_python, requirements_digest
 
 PYTHONS = ((3, 11), (3, 13))  # flwr 1.42 starts at the first, its ray ends at the second
-STEP = re.compile(r"^\s*(Collecting|Installing collected packages|Downloading)\b\s*(\S*)")
+STEP = re.compile(r"^\s*(Collecting|Processing|Ignoring|Installing)\b")  # pip, one line for each requirement
 
 
 def main() -> int:
@@ -64,16 +64,15 @@ def _pip_install() -> int:
     command = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--progress-bar=off"]
     command += ["--disable-pip-version-check", "--requirement", str(REQUIREMENTS)]
     said: list[str] = []
-    collected = 0
+    seen = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
         assert pip.stdout is not None
         for line in pip.stdout:
             said.append(line)
             if step := STEP.match(line):
-                collected += step[1] == "Collecting"
-                what = f"{step[1].lower()} {step[2]}" if step[1] == "Collecting" else "downloading"
-                what = "installing" if step[1].startswith("Installing") else what
-                _progress(f"  {min(collected, wanted)}/{wanted} packages, {what}")
+                seen += step[1] != "Installing"
+                doing = "installing" if step[1] == "Installing" else "downloading"
+                _progress(f"  {min(seen, wanted)}/{wanted} packages, {doing}")
     _progress("")
     if pip.returncode:
         sys.stderr.writelines(said[-20:])

@@ -86,7 +86,9 @@ def play(options: PeerOptions) -> PeerRun:
     @server.main()
     def main(grid: Grid, _: Context) -> None:
         rounds = options.rounds + MEMORY_ROUNDS
-        result = strategy.start(grid=grid, initial_arrays=ArrayRecord(initial_model(options)), num_rounds=rounds)
+        result = strategy.start(
+            grid=grid, initial_arrays=ArrayRecord(initial_model(options)), num_rounds=rounds
+        )
         results.append(result.arrays)
 
     with strategy.sampling:

@@ -11,11 +11,11 @@ import torch
 
 from tests.factory import job_of, raw_job, region
 from tests.training.workers import start_worker
+from xcloud.aggregators import MeanConfig
 from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.config import JobConfig, PoolConfig
 from xcloud.driver import train
-from xcloud.messages import RegionReport, RoundPlan
-from xcloud.aggregators import MeanConfig
+from xcloud.messages import RoundPlan
 from xcloud.metrics import RunLog, read_rounds
 from xcloud.training.worker import RankWorker
 
@@ -29,14 +29,20 @@ SETTINGS: dict[str, Any] = {
 
 def union_run(job: JobConfig) -> dict[str, torch.Tensor]:
     """One DeepSpeed engine, ZeRO-0, stepping on all regions' batches at once."""
-    alone = [r.model_copy(update={"pools": (PoolConfig(zero_stage=0, micro_batch=r.sequences_per_step),)}) for r in job.regions]
+    alone = [
+        r.model_copy(update={"pools": (PoolConfig(zero_stage=0, micro_batch=r.sequences_per_step),)})
+        for r in job.regions
+    ]
     job = job.model_copy(update={"regions": tuple(alone)})
     readers = [start_worker(job, r.name) for r in job.regions]
     union = start_worker(job)
     for number in range(ROUNDS):
         batch = torch.cat(
             [
-                reader._batch(reader.store.train, reader.order.indices(number * r.sequences_per_step, r.sequences_per_step))
+                reader._batch(
+                    reader.store.train,
+                    reader.order.indices(number * r.sequences_per_step, r.sequences_per_step),
+                )
                 for reader, r in zip(readers, job.regions, strict=True)
             ]
         )
@@ -76,7 +82,10 @@ def play_round(workers: list[RankWorker], number: int) -> None:
     mean = MeanConfig().build()
     merged = {}
     for chunk in range(workers[0].manifest.chunk_count):
-        values = [w.blobs.get([o.chunks[chunk][1]])[0].view(np.float32) for w, o in zip(workers, offers, strict=True)]
+        values = [
+            w.blobs.get([o.chunks[chunk][1]])[0].view(np.float32)
+            for w, o in zip(workers, offers, strict=True)
+        ]
         out = np.empty_like(values[0])
         mean.combine(values, [1 / len(workers)] * len(workers), out)
         merged[chunk] = workers[0].blobs.put(out.view(np.uint8))
@@ -84,7 +93,6 @@ def play_round(workers: list[RankWorker], number: int) -> None:
     assert all(d == digests[0] for d in digests)
 
 
-@pytest.mark.slow
 def test_regions_of_different_stages_pools_and_world_sizes(tmp_path: Path) -> None:
     """The whole system: Ray actors, two ranks under ZeRO-2 and ZeRO-3, a region of two unequal pools."""
     regions = [

@@ -36,7 +36,13 @@ def test_what_is_written_is_read_back(tmp_path: Path, stage: int, precision: str
 def test_a_written_model_is_the_one_that_runs(tmp_path: Path, stage: int, precision: str) -> None:
     """The next forward pass and the next step must use what was written, not a stale copy."""
     pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
-    job = job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool)], inner={"optimizer": {"type": "sgd", "lr": 0.5}, "steps": 2}))
+    job = job_of(
+        raw_job(
+            tmp_path,
+            [region(tmp_path, "a", 1, pool)],
+            inner={"optimizer": {"type": "sgd", "lr": 0.5}, "steps": 2},
+        )
+    )
     one, other = start_worker(job), start_worker(job)
     before, _ = one.evaluate()
     one.train(PLAN, 0)
@@ -58,4 +64,6 @@ def test_low_precision_starts_from_the_fp32_model(tmp_path: Path) -> None:
         offer = worker.offer(encoded=True)
         assert offer.norm_squared == 0.0
         assert [chunk for chunk, _, _ in offer.chunks] == list(range(worker.manifest.chunk_count))
-        assert all(not np.any(buffer) for buffer in worker.blobs.get([handle for _, handle, _ in offer.chunks]))
+        assert all(
+            not np.any(buffer) for buffer in worker.blobs.get([handle for _, handle, _ in offer.chunks])
+        )

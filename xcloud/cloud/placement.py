@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from xcloud.cloud.settings import PlacementConfig
 from xcloud.errors import PlacementError
@@ -14,10 +20,10 @@ __all__ = ["place_pool", "release_pool"]
 def place_pool(name: str, pool: PlacementConfig, enforce_labels: bool) -> PlacementGroup:
     """Reserve one bundle for each worker and wait until they are there.
 
-    The group is gone with the actor that made it.
+    The group outlives the actor that made it, until its job ends: see `release_pool`.
 
     Args:
-        name: of the group, for Ray's own tools.
+        name: of the group, unique in the cluster.
         pool: what to reserve.
         enforce_labels: False in a one-machine simulation, whose only node has no labels.
 
@@ -51,6 +57,9 @@ def place_pool(name: str, pool: PlacementConfig, enforce_labels: bool) -> Placem
     )
 
 
-def release_pool(group: PlacementGroup) -> None:
-    """Give the bundles back."""
-    remove_placement_group(group)
+def release_pool(name: str) -> None:
+    """Give a group's bundles back and end what runs in them; a group that never came to be is fine."""
+    try:
+        remove_placement_group(get_placement_group(name))
+    except ValueError:
+        return  # Ray's way to say that there is no such group

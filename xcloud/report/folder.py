@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ def status_record(run_dir: Path) -> dict[str, Any]:
         XCloudError: the folder holds no run, or its records are damaged.
     """
     state, events, rows = run_state(run_dir), read_events(run_dir), read_rounds(run_dir)
-    ready = {event.fields["region"]: event.fields for event in events if event.kind == "region_ready"}
+    pools = {event.fields["region"]: event.fields["pools"] for event in events if "pools" in event.fields}
     names = list(
         dict.fromkeys([*state.started.get("regions", ()), *(n for row in rows for n in row.regions)])
     )
@@ -114,7 +115,7 @@ def status_record(run_dir: Path) -> dict[str, Any]:
             "tokens_per_s": mine[-1].tokens_per_s if mine else None,
             "train_loss": mine[-1].train_loss if mine else None,
             "eval_loss": next((row.eval_loss for row in reversed(mine) if row.eval_loss is not None), None),
-            "pools": ready.get(name, {}).get("pools", []),
+            "pools": pools.get(name, []),
         }
     checkpoints = [event.fields for event in events if event.kind == "checkpoint_committed"]
     return {
@@ -180,7 +181,9 @@ def status_view(run_dir: Path) -> RenderableType:
         parts += [Text(""), *(Text(round_line(row, record["rounds"])) for row in rows[-LAST_ROUNDS:])]
     parts += [Text(f"! {notice}", style="red") for notice in record["notices"]]
     if record["state"] in ("stopped", "failed", "died"):
-        parts += [Text(""), Text(f"continue: xcloud train JOB --resume {run_dir}")]
+        job = run_dir / "job.yaml"
+        words = ["xcloud", "train", str(job) if job.exists() else "JOB", "--resume", str(run_dir)]
+        parts += [Text(""), Text(f"continue: {shlex.join(words)}")]
     return Group(*parts)
 
 
@@ -191,10 +194,11 @@ def _regions_table(regions: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name, region in regions.items():
         ranks = [rank for pool in region["pools"] for rank in pool]
+        state = max((rank["optimizer_state_bytes"] for rank in ranks), default=0)  # 0 before the first step
         table.add_row(
             name,
             str(len(ranks) or "-"),
-            human_bytes(max(rank["optimizer_state_bytes"] for rank in ranks)) if ranks else "-",
+            human_bytes(state) if state else "-",
             "-" if region["tokens_per_s"] is None else human_count(region["tokens_per_s"]),
             human_loss(region["train_loss"]),
             human_loss(region["eval_loss"]),

@@ -131,9 +131,7 @@ def _ready_line(fields: Mapping[str, Any], width: int | None) -> str:
     pools = []
     for pool in fields.get("pools") or ():
         devices = ", ".join(sorted({str(rank["device"]).partition(":")[0] for rank in pool}))
-        states = [rank["optimizer_state_bytes"] for rank in pool]
-        each = human_bytes(max(states)) + (" each" if len(states) > 1 else "")
-        pools.append(f"{len(pool)} x {devices}, optimizer state {each}")
+        pools.append(f"{len(pool)} x {devices}, {_held(pool)}")
     parts = [
         f"{fields.get('region')} ready in {human_seconds(fields.get('seconds') or 0.0)}: {'; '.join(pools)}"
     ]
@@ -141,6 +139,15 @@ def _ready_line(fields: Mapping[str, Any], width: int | None) -> str:
         parts.append(f"eval {human_loss(fields['eval_loss'])}")
     parts.append(f"{human_count(fields.get('parameters') or 0)} parameters")
     return _fit(parts, "; ", width)
+
+
+def _held(pool: Sequence[Mapping[str, Any]]) -> str:
+    """What each rank of a pool holds; there is no optimizer state before the first step."""
+    each = " each" if len(pool) > 1 else ""
+    states = max(rank["optimizer_state_bytes"] for rank in pool)
+    if states:
+        return f"optimizer state {human_bytes(states)}{each}"
+    return f"parameters {human_bytes(max(rank['parameter_bytes'] for rank in pool))}{each}"
 
 
 def _fit(parts: list[str], separator: str, width: int | None) -> str:

@@ -72,7 +72,8 @@ def build_model(settings: ModelConfig, vocab_size: int, seed: int) -> torch.nn.M
             ) from None
         _check_vocabulary(model.config, vocab_size)
     model.config.use_cache = False
-    return model
+    built: torch.nn.Module = model
+    return built
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -93,7 +93,7 @@ class AdamWConfig(InnerOptimizerConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
 
     def build(self, parameters: Any) -> Any:
-        import torch  # here, so that reading a job file does not wait for torch
+        import torch  # noqa: PLC0415 - here, so that reading a job file does not wait for torch
 
         parameters = list(parameters)
         matrices = [p for p in parameters if _dimensions(p) >= 2]
@@ -116,7 +116,7 @@ class SGDConfig(InnerOptimizerConfig):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def build(self, parameters: Any) -> Any:
-        import torch  # here, so that reading a job file does not wait for torch
+        import torch  # noqa: PLC0415 - here, so that reading a job file does not wait for torch
 
         return torch.optim.SGD(list(parameters), lr=self.lr, momentum=self.momentum)
 

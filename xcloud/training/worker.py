@@ -18,6 +18,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -209,7 +210,9 @@ class RankWorker:
             for start in range(0, share, spec.engine.micro_batch):
                 part = mine[start : start + spec.engine.micro_batch]
                 rows = part or ids[:1]  # a rank without rows still takes part in the forward pass
-                batch = torch.from_numpy(np.concatenate([s.read(np.array([i])) for s, i in rows])).to(self.device)
+                batch = torch.from_numpy(np.concatenate([s.read(np.array([i])) for s, i in rows])).to(
+                    self.device
+                )
                 loss = self.engine(input_ids=batch, labels=batch).loss
                 if part:
                     count = batch.shape[0] * (spec.sequence_length - 1)
@@ -228,7 +231,7 @@ class RankWorker:
         inner = {}
         for key in keys:
             inner[key] = self._empty_owned()
-            self._gather(lambda name, key=key: self.parameters.read(name, key), inner[key])
+            self._gather(partial(self.parameters.read, key=key), inner[key])
         scalars["loss_scale"] = self._loss_scale()
         if keys:
             prefix = self._inner_prefix()
@@ -262,7 +265,7 @@ class RankWorker:
         for name in names:
             values = self._empty_owned()
             self._fill(values, inner.get(name, {}))
-            self._spread(values, lambda n, full, key=name: self.parameters.write(n, full, key))
+            self._spread(values, partial(self.parameters.write, key=name))
 
     # -- chunks and parameters ------------------------------------------------------------
 
@@ -395,7 +398,10 @@ class RankWorker:
             splits = [packed([source]).held_out for source in spec.evaluate_on]
         each = -(-spec.eval_sequences // len(splits))
         self.held_out = [
-            (split, np.unique(np.linspace(0, len(split) - 1, min(each, len(split))).astype(np.int64)).tolist())
+            (
+                split,
+                np.unique(np.linspace(0, len(split) - 1, min(each, len(split))).astype(np.int64)).tolist(),
+            )
             for split in splits
         ]
 
@@ -411,5 +417,3 @@ def _to_numpy(tensor: torch.Tensor) -> Array:
 def _mix(*parts: object) -> int:
     """A 31-bit seed from anything with a stable repr."""
     return xxhash.xxh3_64_intdigest(repr(parts).encode()) & 0x7FFFFFFF
-
-

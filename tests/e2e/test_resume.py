@@ -1,0 +1,176 @@
+"""A resumed run is the same run, bit for bit: after a stop, after kill -9 of the driver, after a rank dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+import xcloud.driver
+from tests.factory import job_of, raw_job, region
+from xcloud.checkpoint import CheckpointStore, CommitRecord
+from xcloud.config import JobConfig
+from xcloud.driver import train
+from xcloud.errors import CheckpointError
+from xcloud.metrics import Event, RunLog, read_events, read_rounds
+from xcloud.region import ClusterRegion
+
+ROUNDS = 6
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two unequal regions under AdamW, cosine schedule and Nesterov outside."""
+    folder = tmp_path_factory.mktemp("data")
+    regions = [
+        region(folder, "pair", 1, {"workers": 2, "zero_stage": 2, "micro_batch": 2}),
+        region(folder, "single", 2, {"workers": 1, "zero_stage": 3, "micro_batch": 3}),
+    ]
+    return raw_job(folder, regions, rounds=ROUNDS)
+
+
+@pytest.fixture(scope="module")
+def whole(raw: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> CommitRecord:
+    """The last commit of the uninterrupted run."""
+    return run(raw, tmp_path_factory.mktemp("whole") / "run")
+
+
+def run(raw: dict[str, Any], run_dir: Path, *listeners: Any, **options: Any) -> CommitRecord:
+    """Train in this process; returns the newest commit."""
+    with RunLog(run_dir, listeners) as log:
+        train(job_of(raw), run_dir=run_dir, log=log, **options)
+    record = CheckpointStore(run_dir / "checkpoints").latest()
+    assert record is not None
+    return record
+
+
+def test_three_rounds_and_three_more_equal_six(
+    raw: dict[str, Any], whole: CommitRecord, tmp_path: Path
+) -> None:
+    """Weights, outer momentum, inner moments, cursors and totals: every file digest in the commit is equal."""
+    first = run(raw, tmp_path / "run", stop_after=3)
+    assert first.round == 3
+    assert run(raw, tmp_path / "run", resume=True) == whole
+    assert [row.round for row in read_rounds(tmp_path / "run")] == list(range(1, ROUNDS + 1))
+    with pytest.raises(CheckpointError, match=r"seed = 5, now 6"):
+        run(raw | {"seed": 6}, tmp_path / "run", resume=True)
+
+
+def test_kill_9_of_the_driver_mid_round(raw: dict[str, Any], whole: CommitRecord, tmp_path: Path) -> None:
+    job, run_dir = tmp_path / "job.yaml", tmp_path / "run"
+    job.write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "xcloud", "train", str(job), "--run-dir", str(run_dir)]
+    with (tmp_path / "stderr").open("wb") as stderr:
+        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+        try:
+            wait_for_round(run_dir, 4, driver)
+            os.kill(driver.pid, signal.SIGKILL)
+        finally:
+            driver.kill()
+            driver.wait()
+    assert CheckpointStore(run_dir / "checkpoints").rounds()[-1] < ROUNDS
+    assert run(raw, run_dir, resume=True) == whole
+
+
+def wait_for_round(run_dir: Path, round: int, driver: subprocess.Popen[bytes]) -> None:
+    """Until the run is inside `round`."""
+    end = time.monotonic() + 180
+    while time.monotonic() < end:
+        assert driver.poll() is None, (run_dir.parent / "stderr").read_text()
+        if (run_dir / "events.jsonl").exists():
+            events = read_events(run_dir)
+            if any(e.kind == "round_started" and e.fields["round"] == round for e in events):
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"round {round} did not start")
+
+
+class Killer:
+    """Listener that kills one rank of a region as soon as a round has started."""
+
+    def __init__(self, handles: dict[str, ClusterRegion], region: str, round: int) -> None:
+        self.handles, self.region, self.round = handles, region, round
+
+    def on_event(self, event: Event) -> None:
+        if (
+            event.kind == "round_started"
+            and event.fields["round"] == self.round
+            and event.fields["attempt"] == 1
+        ):
+            pids = ray.get(self.handles[self.region].actor.pids.remote())
+            os.kill(pids["pool0/rank0"], signal.SIGKILL)
+
+    def on_round(self, row: Any) -> None: ...
+
+    def on_progress(self, progress: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def handles(monkeypatch: pytest.MonkeyPatch) -> dict[str, ClusterRegion]:
+    """The run's region handles, newest by name."""
+    found: dict[str, ClusterRegion] = {}
+
+    class Recorded(ClusterRegion):
+        def __init__(self, job: JobConfig, name: str, *rest: Any) -> None:
+            super().__init__(job, name, *rest)
+            found[name] = self
+
+    monkeypatch.setattr(xcloud.driver, "ClusterRegion", Recorded)
+    return found
+
+
+def test_a_region_that_dies_below_quorum_redoes_its_round(
+    raw: dict[str, Any], whole: CommitRecord, tmp_path: Path, handles: dict[str, ClusterRegion]
+) -> None:
+    """Quorum is all: the round is retried, and the run ends as if nothing had happened."""
+    assert run(raw, tmp_path / "run", Killer(handles, "pair", 3)) == whole
+    kinds = [(e.kind, e.fields.get("round")) for e in read_events(tmp_path / "run")]
+    assert kinds.count(("region_failed", 3)) == 1
+    assert ("round_retried", 3) in kinds
+    assert ("region_rejoined", 3) in kinds
+
+
+def test_a_region_that_dies_above_quorum_misses_a_round_and_rejoins(
+    raw: dict[str, Any], tmp_path: Path, handles: dict[str, ClusterRegion]
+) -> None:
+    """Quorum is one: the other region commits alone, and the lost one comes back to the committed model."""
+    raw = raw | {"rounds": 200, "failure": {"quorum": 1}}
+    stopper = StopAfterRejoin()
+    record = run(raw, tmp_path / "run", Killer(handles, "single", 2), stopper, stop=stopper.stop)
+    rows = {row.round: row for row in read_rounds(tmp_path / "run")}
+    assert list(rows[2].regions) == ["pair"]
+    assert set(rows[record.round].regions) == {"pair", "single"}
+    contributed = [row for row in rows.values() if "single" in row.regions]
+    assert (
+        record.regions["single"].cursor == len(contributed) * 2 * 3
+    )  # its data went on where it had stopped
+
+
+class StopAfterRejoin:
+    """Listener that stops the run one round after a region came back."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.back = False
+
+    def on_event(self, event: Event) -> None:
+        self.back = self.back or event.kind == "region_rejoined"
+
+    def on_round(self, row: Any) -> None:
+        if self.back:
+            self.stop.set()
+
+    def on_progress(self, progress: Any) -> None: ...
+
+    def close(self) -> None: ...
