@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,10 +23,18 @@ from xcloud.aggregators import AggregatorConfig
 from xcloud.codecs import CodecConfig
 from xcloud.errors import AggregationError, RegionError
 from xcloud.messages import RegionReport, RoundPlan, RoundSum
+from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import call
 
 __all__ = ["Aggregation", "AggregatorHandle", "ClusterAggregation"]
+
+
+THREADS = 2
+"""Parts folded side by side; each thread holds one part's buffer."""
+
+PART_BYTES = 16 << 20
+"""Shorter than the regions' parts: these buffers are all that an aggregator adds to its process."""
 
 
 class Aggregation:
@@ -41,6 +50,10 @@ class Aggregation:
         self.aggregator = aggregator.build()
         self.codec = codec.build()
         self.blobs = blobs
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._own = (
+            threading.local()
+        )  # each thread's buffer, made once: fresh ones would cost as much as the fold
 
     def merge(
         self,
@@ -55,7 +68,7 @@ class Aggregation:
             plan: of the round.
             lengths: elements of each chunk.
             reports: in the job's order of regions.
-            updates: for each report, one handle for each chunk.
+            updates: for each report, one handle for each of its parts.
 
         Raises:
             RegionError: a region's chunk has the wrong size or cannot be fetched.
@@ -67,46 +80,88 @@ class Aggregation:
                 raise AggregationError(
                     f"{report.region!r} reports round {report.round}, expected {plan.round}"
                 )
-            if len(handles) != len(lengths):
-                raise RegionError(report.region, f"sent {len(handles)} chunks, expected {len(lengths)}")
+            if len(report.chunk_bytes) != len(lengths) or len(handles) != len(report.parts):
+                raise RegionError(
+                    report.region,
+                    f"sent {len(report.chunk_bytes)} chunks in {len(handles)} buffers, "
+                    f"expected {len(lengths)} in {len(report.parts)}",
+                )
         weights = self.aggregator.weights(reports)
-        digest, norm_squared, merged = xxhash.xxh3_128(), 0.0, []
-        total = np.empty(max(lengths, default=0), np.float32)
-        for chunk, length in enumerate(lengths):
-            values = [
-                self._decoded(report.region, chunk, handles[chunk], length)
-                for report, handles in zip(reports, updates, strict=True)
-            ]
-            out = total[:length]
-            self.aggregator.combine(values, weights, out)
-            norm_squared += float(np.dot(out, out))
-            digest.update(out)
-            merged.append(self.blobs.put(out.view(np.uint8)))
+        spans = _spans(lengths, PART_BYTES // 4)
+        folded = list(
+            self._pool.map(lambda span: self._fold(span, lengths, reports, updates, weights), spans)
+        )
+        norm_squared = sum(norm for _, norm, _ in folded)
         if not math.isfinite(norm_squared):
             raise AggregationError(f"round {plan.round}: the merged update is not finite")
+        merged = Bundle.join(bundle for bundle, _, _ in folded)
         summary = RoundSum(
             round=plan.round,
             attempt=plan.attempt,
             regions=tuple(r.region for r in reports),
             weights=tuple(weights),
-            chunk_bytes=tuple(4 * length for length in lengths),
-            digest=digest.hexdigest(),
+            chunk_bytes=merged.sizes,
+            parts=merged.parts,
+            digest=xxhash.xxh3_128_hexdigest("".join(digest for _, _, digest in folded).encode()),
             norm=math.sqrt(norm_squared),
             fold_s=time.perf_counter() - began,
         )
-        return summary, merged
+        return summary, list(merged.handles)
 
-    def _decoded(self, region: str, chunk: int, handle: Handle, length: int) -> Any:
+    def _fold(
+        self,
+        span: range,
+        lengths: Sequence[int],
+        reports: Sequence[RegionReport],
+        updates: Sequence[Sequence[Handle]],
+        weights: Sequence[float],
+    ) -> tuple[Bundle, float, str]:
+        """Fold the chunks of one outgoing part: its bundle, squared norm and digest."""
+        readers = [self._reader(report, handles) for report, handles in zip(reports, updates, strict=True)]
+        writer = getattr(self._own, "writer", None)
+        if writer is None:
+            writer = self._own.writer = PartWriter(self.blobs.put, lengths, PART_BYTES)
+        norm_squared, digest = 0.0, xxhash.xxh3_128()
+        for chunk in span:
+            values = [
+                self._decoded(report.region, reader, chunk, lengths[chunk])
+                for report, reader in zip(reports, readers, strict=True)
+            ]
+            out = writer.slot(lengths[chunk])
+            self.aggregator.combine(values, weights, out)
+            norm_squared += float(np.dot(out, out))
+            digest.update(out)
+            writer.add(chunk, out.view(np.uint8))
+        return writer.finish(), norm_squared, digest.hexdigest()
+
+    def _reader(self, report: RegionReport, handles: Sequence[Handle]) -> PartReader:
         try:
-            (data,) = self.blobs.get([handle])
+            return PartReader(self.blobs.get, Bundle(report.parts, report.chunk_bytes, tuple(handles)))
+        except ValueError as error:
+            raise RegionError(report.region, f"its update is malformed: {error}") from None
+
+    def _decoded(self, region: str, reader: PartReader, chunk: int, length: int) -> Any:
+        try:
+            return self.codec.decode(reader.read(chunk), length)
         except ray.exceptions.RayError as error:
             raise RegionError(
                 region, f"chunk {chunk} of its update is lost ({type(error).__name__})"
             ) from None
-        try:
-            return self.codec.decode(data, length)
         except ValueError as error:
             raise RegionError(region, f"chunk {chunk} of its update is malformed: {error}") from None
+
+
+def _spans(lengths: Sequence[int], elements: int) -> list[range]:
+    """Runs of consecutive chunks of at most `elements` elements together, one chunk at least."""
+    spans, start, held = [], 0, 0
+    for chunk, length in enumerate(lengths):
+        if chunk > start and held + length > elements:
+            spans.append(range(start, chunk))
+            start, held = chunk, 0
+        held += length
+    if start < len(lengths):
+        spans.append(range(start, len(lengths)))
+    return spans
 
 
 class AggregationActor:
@@ -166,7 +221,7 @@ class ClusterAggregation:
         reference = self.actor.merge.remote(
             plan.to_wire(), list(lengths), [r.to_wire() for r in reports], [list(u) for u in updates]
         )
-        return call("aggregator", reference, lambda r: (RoundSum.from_wire(r[0], "aggregator"), r[1]))
+        return call("the aggregator", reference, lambda r: (RoundSum.from_wire(r[0], "aggregator"), r[1]))
 
     def restart(self) -> None:
         """A fresh actor; it holds no state worth saving."""

@@ -340,4 +340,5 @@ def _print_json(value: Any) -> None:
 def main() -> None:
     """Entry point of `xcloud` and `python -m xcloud`."""
     apply_quiet()
+    sys.path.insert(0, str(Path.cwd()))  # where a job's `plugins` are looked for, as with `python -m`
     app()

@@ -254,7 +254,8 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<` is no key of its own, and may be overridden
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
@@ -273,8 +274,8 @@ _StrictLoader.add_implicit_resolver(
 def _import_plugin(plugin: Any, origin: str) -> None:
     try:
         importlib.import_module(str(plugin))
-    except ImportError as error:
-        raise ConfigError(f"{origin}: plugins: cannot import {plugin!r}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{origin}: plugins: cannot import {plugin!r}: {error}") from error
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

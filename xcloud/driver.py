@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from xcloud.cloud.session import ray_session
 from xcloud.config import JobConfig
 from xcloud.errors import QuorumError, RegionError
 from xcloud.fleet import Fleet, RegionHandle
-from xcloud.ledger import Ledger, keep_job
+from xcloud.ledger import Ledger, Outcome, find_commit, keep_job
 from xcloud.messages import RegionReport, RoundPlan, RoundSum, Saved, SaveOrder, json_safe
 from xcloud.metrics import RunLog
 from xcloud.policies import Action, Decision, decide
@@ -36,17 +35,6 @@ from xcloud.region import ClusterRegion
 __all__ = ["Outcome", "Run", "train"]
 
 Offers = Mapping[str, tuple[RegionReport, list[Any]]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its last committed round, and why it is over."""
-
-    rounds: int
-    finished: bool
-    reason: str
-    eval_loss_start: float | None
-    eval_loss_end: float | None
 
 
 class Run:
@@ -87,10 +75,10 @@ class Run:
         if played and last == self.job.rounds:
             seconds = time.monotonic() - began
             self.log.event("run_finished", rounds=done.round, eval_loss=done.eval_loss, seconds=seconds)
-            return Outcome(done.round, True, "", done.eval_start, done.eval_loss)
+            return done.outcome(finished=True, reason="")
         reason = "stop-after" if played else "interrupted"
         self.log.event("run_stopped", round=done.round, reason=reason)
-        return Outcome(done.round, False, reason, done.eval_start, done.eval_loss)
+        return done.outcome(finished=False, reason=reason)
 
     def round(self, number: int, final: bool) -> None:
         """Play one round until it is committed or skipped.
@@ -107,13 +95,7 @@ class Run:
         """Try a round once; True when it is over, False to try again."""
         began, number, job = time.perf_counter(), plan.round, self.job
         evaluate = final or (job.evaluation.sequences > 0 and number % job.evaluation.every == 0)
-        self.log.event(
-            "round_started",
-            **plan.model_dump(include={"round", "attempt"}),
-            rounds=job.rounds,
-            regions=self.fleet.ready,
-        )
-        offers = self.fleet.run(plan, job.failure.deadline_s)
+        offers = self.fleet.run(plan, job.rounds)
         decision = decide(job.failure, len(job.regions), offers, plan.attempt)
         if decision.action is not Action.MERGE:
             return self.give_up(plan, decision)
@@ -121,9 +103,11 @@ class Run:
         if merged is None:
             return False
         total, handles = merged
-        applied = self.fleet.ask(lambda region: region.apply(total, handles, evaluate), number)
-        if not applied:
-            raise QuorumError(f"round {number}: every region was lost while it applied the merged update")
+        applied = self.fleet.ask(
+            lambda region: region.apply(total, handles, evaluate), number, job.failure.deadline_s
+        )
+        if not applied:  # most likely the aggregator has died, and the merged update with it
+            return self.again(plan, "every region was lost while it applied the merged update")
         reports = {name: report for name, (report, _) in offers.items()}
         self.log.round(self.ledger.close_round(plan, reports, total, applied, time.perf_counter() - began))
         for name, answer in applied.items():
@@ -154,11 +138,7 @@ class Run:
         except RegionError as error:
             if error.region in offers:
                 self.fleet.lose(error.region, plan.round, str(error))
-            else:
-                self.aggregator.restart()
-            if plan.attempt > self.job.failure.max_retries:
-                raise QuorumError(f"round {plan.round}: {error}, after {plan.attempt} attempts") from error
-            self.log.event("round_retried", round=plan.round, attempt=plan.attempt + 1, reason=str(error))
+            self.again(plan, str(error))
             return None
         self.log.event(
             "round_merged", round=plan.round, regions=list(offers), seconds=time.perf_counter() - began
@@ -182,6 +162,18 @@ class Run:
             return True
         raise QuorumError(f"round {plan.round}: {decision.reason}; nothing of it was committed")
 
+    def again(self, plan: RoundPlan, reason: str) -> bool:
+        """Have a round tried again, with a fresh aggregator; False, for the caller to return.
+
+        Raises:
+            QuorumError: it was tried often enough.
+        """
+        if plan.attempt > self.job.failure.max_retries:
+            raise QuorumError(f"round {plan.round}: {reason}, after {plan.attempt} attempts")
+        self.aggregator.restart()
+        self.log.event("round_retried", round=plan.round, attempt=plan.attempt + 1, reason=reason)
+        return False
+
     def recover(self, number: int) -> None:
         """Bring back regions that are away; wait for them only if the round cannot do without."""
         if self.fleet.recovering:
@@ -198,7 +190,7 @@ class Run:
         while self.fleet.ready and number > (self.ledger.saved.round if self.ledger.saved else 0):
             self.ledger.store.clear(number)
             donor = self.fleet.ready[0]
-            saved = self.fleet.ask(partial(_save, number, donor), number)
+            saved = self.fleet.ask(partial(_save, number, donor), number, self.job.failure.deadline_s)
             if donor in saved:
                 self.ledger.commit(saved, donor)
                 self.log.event("checkpoint_committed", round=number, path=self.ledger.store.folder(number))
@@ -226,7 +218,7 @@ def train(
     keep_job(job, run_dir, resume)
     url = job.checkpoint.url or str((run_dir / "checkpoints").absolute())
     store = CheckpointStore(url)
-    record = store.latest() if resume else None
+    record = find_commit(store, run_dir) if resume else None
     log.rewind(record.round if record else 0)
     names = [region.name for region in job.regions]
     with ray_session(address, job.cpus) as session:
@@ -238,7 +230,7 @@ def train(
             pid=os.getpid(),
             host=socket.gethostname(),
             regions=names,
-            simulation=session.nodes == 1,
+            simulation=True,  # regions that share a Ray cluster are not isolated from one another
             resumed_round=record.round if record else None,
         )
         fleet = Fleet(names, lambda name: ClusterRegion(job, name, not session.local, url), job.failure, log)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar
@@ -97,6 +98,7 @@ class Fleet:
         self._log = log
         self._members = {name: Member(build(name)) for name in names}
         self._asked: dict[str, Future[Progress | None]] = {}
+        self._poll_at = 0.0
 
     @property
     def ready(self) -> list[str]:
@@ -155,13 +157,16 @@ class Fleet:
             if on_answer is not None:
                 on_answer(name, answers[name])
         for future, name in futures.items():
-            if not future.done():
+            if name not in answers and self._members[name].state is State.READY:
                 self._members[name].state, self._members[name].busy = State.LATE, future
                 self._log.event("region_late", region=name, round=round)
         return {name: answers[name] for name in self._members if name in answers}
 
-    def run(self, plan: RoundPlan, deadline_s: float | None) -> dict[str, tuple[RegionReport, list[Any]]]:
-        """Ask every ready region for its update of a round, as `ask` does."""
+    def run(self, plan: RoundPlan, rounds: int) -> dict[str, tuple[RegionReport, list[Any]]]:
+        """Ask every ready region for its update of a round (one of `rounds`), up to the policy's deadline."""
+        began = {"round": plan.round, "attempt": plan.attempt, "rounds": rounds, "regions": self.ready}
+        self._log.event("round_started", **began)
+        deadline_s = self._policy.deadline_s
         return self.ask(lambda region: region.run(plan), plan.round, deadline_s, self._log_finished)
 
     def lose(self, name: str, round: int, reason: str) -> None:
@@ -226,9 +231,9 @@ class Fleet:
                 continue
             if restore is not None:
                 try:
-                    member.handle.restore(restore).result()
-                except (RegionError, DivergenceError) as error:
-                    self.lose(name, round, str(error))
+                    member.handle.restore(restore).result(self._policy.deadline_s)
+                except (RegionError, DivergenceError, FutureTimeoutError) as error:
+                    self.lose(name, round, str(error) or "it did not load the committed round in time")
                     continue
             member.state = State.READY
             self._log.event("region_rejoined", region=name, round=round)
@@ -243,7 +248,9 @@ class Fleet:
                 return
             done, waiting = wait(waiting, timeout=left, return_when=FIRST_COMPLETED)
             yield from done
-            self._poll_progress()
+            if time.monotonic() >= self._poll_at:
+                self._poll_at = time.monotonic() + TICK_S
+                self._poll_progress()
 
     def _poll_progress(self) -> None:
         """Ask once at a time, never wait: a busy or dead region must not hold up the rest."""

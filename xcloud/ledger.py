@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,23 @@ from xcloud.config import JobConfig, dump_job, load_job
 from xcloud.errors import CheckpointError, DivergenceError
 from xcloud.manifest import chunk_lengths
 from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
-from xcloud.metrics import RegionRow, RoundRow
+from xcloud.metrics import RegionRow, RoundRow, read_events
 
-__all__ = ["Ledger", "keep_job", "mean_loss"]
+__all__ = ["Ledger", "Outcome", "find_commit", "keep_job", "mean_loss"]
 
 CHANGEABLE = ("rounds", "failure", "checkpoint", "evaluation")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its last committed round, and why it is over."""
+
+    rounds: int
+    finished: bool
+    reason: str
+    eval_loss_start: float | None
+    eval_loss_end: float | None
 
 
 class Ledger:
@@ -35,6 +47,10 @@ class Ledger:
         self.eval_start: float | None = None
         self.eval_loss: float | None = None
         self.saved: CommitRecord | None = None
+
+    def outcome(self, finished: bool, reason: str) -> Outcome:
+        """The run's outcome as it stands."""
+        return Outcome(self.round, finished, reason, self.eval_start, self.eval_loss)
 
     def begin(self, ready: Mapping[str, RegionReady]) -> None:
         """Take the fresh regions' common model as round 0.
@@ -185,6 +201,21 @@ def mean_loss(answers: Iterable[RegionReady | Applied]) -> float | None:
     answers = list(answers)
     tokens = sum(answer.eval_tokens for answer in answers)
     return sum(a.eval_loss * a.eval_tokens for a in answers if a.eval_tokens) / tokens if tokens else None
+
+
+def find_commit(store: CheckpointStore, run_dir: Path) -> CommitRecord | None:
+    """The commit to resume from; None when the run never got as far as one.
+
+    Raises:
+        CheckpointError: the run has committed rounds, but not here.
+    """
+    record = store.latest()
+    if record is None and any(event.kind == "checkpoint_committed" for event in read_events(run_dir)):
+        raise CheckpointError(
+            f"{store.url}: no committed round here, though {run_dir / 'events.jsonl'} tells of some; "
+            "expected the checkpoint.url that the run was started with"
+        )
+    return record
 
 
 def keep_job(job: JobConfig, run_dir: Path, resume: bool) -> None:

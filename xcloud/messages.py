@@ -120,7 +120,8 @@ class PoolReport(Message):
 class RegionReport(Message):
     """A region's finished local work, ready to be merged.
 
-    `chunk_bytes[i]` is the encoded length of chunk `i`; the buffers travel beside this.
+    `chunk_bytes[i]` is the encoded length of chunk `i`; `parts` says which chunks share a buffer
+    (first chunk, number of chunks). The buffers travel beside this, one for each part.
     """
 
     region: str
@@ -131,6 +132,7 @@ class RegionReport(Message):
     update_norm: float
     cursor: int
     chunk_bytes: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...] = ()
     compute_s: float
     encode_s: float
     pools: tuple[PoolReport, ...]
@@ -141,13 +143,14 @@ class RegionReport(Message):
 
 
 class RoundSum(Message):
-    """The merged update of one round; its chunk buffers travel beside this."""
+    """The merged update of one round, in fp32; its buffers travel beside this, one for each part."""
 
     round: int
     attempt: int
     regions: tuple[str, ...]
     weights: tuple[float, ...]
     chunk_bytes: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...] = ()
     digest: str
     norm: float
     fold_s: float

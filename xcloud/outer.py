@@ -23,8 +23,8 @@ from xcloud.registry import PartConfig, Registry
 
 __all__ = ["OUTER_OPTIMIZERS", "Nesterov", "NesterovConfig", "OuterConfig", "OuterOptimizer", "SGDConfig"]
 
-BLOCK = 1 << 15
-"""Elements worked on at a time: 128 KiB of fp32, so that a block stays in cache."""
+BLOCK = 1 << 16
+"""Elements worked on at a time: 256 KiB of fp32, so that a block stays in cache."""
 
 Array = npt.NDArray[np.float32]
 

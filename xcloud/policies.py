@@ -42,7 +42,7 @@ class FailureConfig(PartConfig):
 
     Attributes:
         quorum: regions that must contribute to a round; null means all of them.
-        deadline_s: seconds after which a round stops waiting for late regions; null waits.
+        deadline_s: seconds after which a round stops waiting for late regions (to train, to apply, to save); null waits.
         below_quorum: what to do when fewer than `quorum` regions answered.
         max_retries: attempts after the first at one round before the run is aborted.
         max_restarts: restarts of one region in a row, without a finished round, before it counts as lost for good.

@@ -45,6 +45,7 @@ from xcloud.messages import (
     Saved,
     SaveOrder,
 )
+from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.quiet import quiet_environment
 from xcloud.training.spec import Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
@@ -220,74 +221,64 @@ class Region:
         with self._lock:
             self._progress.clear()
             self._round = (plan.round, time.monotonic())
-        calls, at = [], self.cursor
+        calls, at, single = [], self.cursor, len(self.pools) == 1
         for pool in self.pools:
-            calls.append(pool.ask("train", plan, at))
+            calls.append(pool.ask("work", plan, at, single))
             at += plan.inner_steps * pool.config.sequences_per_step
-        trained: list[list[Trained]] = []
         gather([reference for references in calls for reference in references])
-        trained = [gather(references) for references in calls]
+        worked: list[list[tuple[Trained, Offer]]] = [gather(references) for references in calls]
         reports = tuple(
             PoolReport(
                 pool=index,
-                tokens=sum(t.tokens for t in ranks),
-                loss_sum=sum(t.loss_sum for t in ranks),
-                steps=sum(t.steps for t in ranks),
-                compute_s=max(t.seconds for t in ranks),
+                tokens=sum(trained.tokens for trained, _ in ranks),
+                loss_sum=sum(trained.loss_sum for trained, _ in ranks),
+                steps=sum(trained.steps for trained, _ in ranks),
+                compute_s=max(trained.seconds for trained, _ in ranks),
             )
-            for index, ranks in enumerate(trained)
+            for index, ranks in enumerate(worked)
         )
         began = time.perf_counter()
-        chunks, norm_squared = self._offers([report.tokens for report in reports])
-        passes = sum(report.steps for report in reports)
+        tokens = [report.tokens for report in reports]
+        bundles = [Bundle.join(offer.bundle for _, offer in ranks) for ranks in worked]
+        if single:
+            bundle, norm_squared = bundles[0], sum(offer.norm_squared for _, offer in worked[0])
+        else:
+            bundle, norm_squared = self._merge_pools(bundles, tokens)
+        encode_s = max(offer.seconds for ranks in worked for _, offer in ranks) + time.perf_counter() - began
+        losses = [
+            report.loss_sum / report.steps * report.tokens if report.steps else 0.0 for report in reports
+        ]
         report = RegionReport(
             region=self.name,
             round=plan.round,
             attempt=plan.attempt,
-            tokens=sum(report.tokens for report in reports),
-            train_loss=sum(report.loss_sum for report in reports) / passes if passes else math.nan,
+            tokens=sum(tokens),
+            train_loss=sum(losses) / sum(tokens) if sum(tokens) else math.nan,
             update_norm=math.sqrt(norm_squared),
             cursor=at,
-            chunk_bytes=tuple(size for _, size in chunks),
+            chunk_bytes=bundle.sizes,
+            parts=bundle.parts,
             compute_s=max(report.compute_s for report in reports),
-            encode_s=time.perf_counter() - began,
+            encode_s=encode_s,
             pools=reports,
         )
-        return Pending(report, [handle for handle, _ in chunks])
+        return Pending(report, list(bundle.handles))
 
-    def _offers(self, tokens: list[int]) -> tuple[list[tuple[Handle, int]], float]:
-        """Encoded chunks of the region's update in chunk order, and its squared norm."""
-        single = len(self.pools) == 1
-        calls = [pool.ask("offer", single) for pool in self.pools]
-        by_pool: list[dict[int, tuple[Handle, int]]] = []
-        norm_squared = 0.0
-        for references in calls:
-            offers: list[Offer] = gather(references)
-            by_pool.append(
-                {chunk: (handle, size) for offer in offers for chunk, handle, size in offer.chunks}
-            )
-            norm_squared = sum(offer.norm_squared for offer in offers)
-        if single:
-            return [by_pool[0][chunk] for chunk in sorted(by_pool[0])], norm_squared
-        return self._merge_pools(by_pool, tokens)
-
-    def _merge_pools(
-        self, by_pool: list[dict[int, tuple[Handle, int]]], tokens: list[int]
-    ) -> tuple[list[tuple[Handle, int]], float]:
+    def _merge_pools(self, bundles: list[Bundle], tokens: list[int]) -> tuple[Bundle, float]:
         """The token-weighted mean of the pools' plain updates, encoded for the wire."""
         mean, codec = MeanConfig().build(), self.job.codec.build()
         total = sum(tokens)
         weights = [t / total if total else 1 / len(tokens) for t in tokens]
-        merged: list[tuple[Handle, int]] = []
+        readers = [PartReader(self.blobs.get, bundle) for bundle in bundles]
+        lengths = [size // 4 for size in bundles[0].sizes]
+        writer = PartWriter(self.blobs.put, lengths)
         norm_squared = 0.0
-        for chunk in sorted(by_pool[0]):
-            values = [b.view(np.float32) for b in self.blobs.get([pool[chunk][0] for pool in by_pool])]
-            out = np.empty_like(values[0])
-            mean.combine(values, weights, out)
+        for chunk, length in enumerate(lengths):
+            out = writer.slot(length)
+            mean.combine([reader.read(chunk).view(np.float32) for reader in readers], weights, out)
             norm_squared += float(np.dot(out, out))
-            encoded = codec.encode(out)
-            merged.append((self.blobs.put(encoded), encoded.nbytes))
-        return merged, norm_squared
+            writer.add(chunk, codec.encode(out))
+        return writer.finish(), norm_squared
 
     def apply(self, total: RoundSum, handles: Sequence[Handle], evaluate: bool) -> Applied:
         """Take the outer step from the merged update; the round is this region's new start.
@@ -296,8 +287,8 @@ class Region:
             DivergenceError: pools of this region end with different models.
         """
         began = time.perf_counter()
-        by_chunk = dict(enumerate(handles))
-        self._agree([reference for pool in self.pools for reference in pool.ask("apply", by_chunk)])
+        merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
+        self._agree([reference for pool in self.pools for reference in pool.ask("apply", merged)])
         if self.pending is not None and self.name in total.regions:
             self.cursor = self.pending.report.cursor
         self.pending = None
@@ -474,7 +465,12 @@ class ClusterRegion:
         self.name = name
         tag = f"{job.name}/{name}/{uuid.uuid4().hex[:8]}"
         self._groups = [group_name(tag, pool) for pool in range(len(job.region(name).pools))]
-        options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 4}
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 4}
+        labels = job.region(name).pools[0].labels
+        if enforce_labels and labels:
+            options["label_selector"] = dict(
+                labels
+            )  # its pools meet in this process, so it belongs beside them
         actor = ray.remote(RegionActor).options(**options)
         self.actor = actor.remote(dump_job(job), name, tag, enforce_labels, checkpoint_url)
 

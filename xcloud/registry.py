@@ -85,7 +85,7 @@ class Registry(Generic[C]):
             )
         name = value.get("type")
         if not isinstance(name, str) or name not in self._classes:
-            guess = nearest(str(name), self.names)
+            guess = nearest(name, self.names) if isinstance(name, str) else None
             raise PydanticCustomError(
                 "part_unknown",
                 "{problem}; known {family} types: {known}{hint}",

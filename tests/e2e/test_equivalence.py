@@ -17,6 +17,7 @@ from xcloud.config import JobConfig, PoolConfig
 from xcloud.driver import train
 from xcloud.messages import RoundPlan
 from xcloud.metrics import RunLog, read_rounds
+from xcloud.parts import PartReader, PartWriter
 from xcloud.training.worker import RankWorker
 
 ROUNDS, LR = 3, 0.3
@@ -79,16 +80,15 @@ def play_round(workers: list[RankWorker], number: int) -> None:
     for worker in workers:
         worker.train(plan, (number - 1) * worker.spec.engine.micro_batch)
         offers.append(worker.offer(encoded=True))
-    mean = MeanConfig().build()
-    merged = {}
-    for chunk in range(workers[0].manifest.chunk_count):
-        values = [
-            w.blobs.get([o.chunks[chunk][1]])[0].view(np.float32)
-            for w, o in zip(workers, offers, strict=True)
-        ]
-        out = np.empty_like(values[0])
+    readers = [PartReader(w.blobs.get, o.bundle) for w, o in zip(workers, offers, strict=True)]
+    mean, manifest = MeanConfig().build(), workers[0].manifest
+    writer = PartWriter(workers[0].blobs.put, [manifest.chunk_length(c) for c in range(manifest.chunk_count)])
+    for chunk in range(manifest.chunk_count):
+        out = writer.slot(manifest.chunk_length(chunk))
+        values = [reader.read(chunk).view(np.float32) for reader in readers]
         mean.combine(values, [1 / len(workers)] * len(workers), out)
-        merged[chunk] = workers[0].blobs.put(out.view(np.uint8))
+        writer.add(chunk, out.view(np.uint8))
+    merged = writer.finish()
     digests = [worker.apply(merged) for worker in workers]
     assert all(d == digests[0] for d in digests)
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.factory import job_of, raw_job, region
-from tests.training.workers import MemoryBlobs, start_worker
+from tests.training.workers import start_worker
 from xcloud.messages import RoundPlan
+from xcloud.parts import PartReader
 
 PLAN = RoundPlan(job="t", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=2)
 
@@ -60,10 +61,11 @@ def test_low_precision_starts_from_the_fp32_model(tmp_path: Path) -> None:
     for stage, precision in LAYOUTS:
         pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
         worker = start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool)])))
-        assert isinstance(worker.blobs, MemoryBlobs)
         offer = worker.offer(encoded=True)
         assert offer.norm_squared == 0.0
-        assert [chunk for chunk, _, _ in offer.chunks] == list(range(worker.manifest.chunk_count))
-        assert all(
-            not np.any(buffer) for buffer in worker.blobs.get([handle for _, handle, _ in offer.chunks])
-        )
+        reader = PartReader(worker.blobs.get, offer.bundle)
+        chunks = range(worker.manifest.chunk_count)
+        assert [reader.read(chunk).nbytes for chunk in chunks] == [
+            4 * worker.manifest.chunk_length(c) for c in chunks
+        ]
+        assert not any(np.any(reader.read(chunk)) for chunk in chunks)

@@ -51,6 +51,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[Session]:
             ) from None
     else:
         ray.init(
+            address="local",  # not a Ray that `ray start` has left here; that one is joined by its address
             num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,

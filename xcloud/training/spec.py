@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from xcloud.codecs import CodecConfig
 from xcloud.data import SourceConfig, TokenizerConfig
 from xcloud.outer import OuterConfig
+from xcloud.parts import Bundle
 from xcloud.training.settings import EngineConfig, InnerConfig, ModelConfig
 
 __all__ = ["Offer", "Trained", "WorkerSpec"]
@@ -42,9 +42,9 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Offer:
-    """One rank's encoded chunks: `(chunk id, handle, encoded bytes)` and the squared norm of its part."""
+    """One rank's encoded chunks, and the squared norm of its part of the update."""
 
-    chunks: list[tuple[int, Any, int]]
+    bundle: Bundle
     norm_squared: float
     seconds: float
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_s
 from xcloud.errors import CheckpointError, NonFiniteUpdateError
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan
+from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
 from xcloud.training.models import build_model, trainable
 from xcloud.training.parameters import open_parameters
@@ -42,6 +43,7 @@ __all__ = ["BlobStore", "RankWorker"]
 
 Array = npt.NDArray[np.float32]
 
+BLOCK = 1 << 16
 PROGRESS_EVERY_S = 1.0
 
 
@@ -78,6 +80,7 @@ class RankWorker:
         self.manifest = Manifest.of(((n, tuple(p.shape)) for n, p in named.items()), spec.chunk_size)
         self.owned = self.manifest.owned(spec.rank, spec.world)
         self.codec = spec.codec.build()
+        self.writer = PartWriter(self.blobs.put, [self.manifest.chunk_length(c) for c in self.owned])
         self.outer = spec.outer.build()
         self.anchor = self._empty_owned()
         self._gather(lambda name: named[name].data.reshape(-1), self.anchor)
@@ -103,6 +106,10 @@ class RankWorker:
         """Data in words, training sequences, manifest digest, parameters, chunks."""
         m = self.manifest
         return self.store.describe(), len(self.store.train), m.digest, m.size, m.chunk_count
+
+    def work(self, plan: RoundPlan, start: int, encoded: bool) -> tuple[Trained, Offer]:
+        """A whole local round: `train`, then `offer`."""
+        return self.train(plan, start), self.offer(encoded)
 
     def train(self, plan: RoundPlan, start: int) -> Trained:
         """Run the round's inner steps.
@@ -152,43 +159,63 @@ class RankWorker:
             NonFiniteUpdateError: names the parameter that holds NaN or Inf.
         """
         began = time.perf_counter()
-        chunks: list[tuple[int, Any, int]] = []
-        delta = np.empty(self.manifest.chunk_size, np.float32)
         norm_squared = 0.0
+        delta = self.anchor[:0]
         for index, spec in enumerate(self.manifest.parameters):
             local = _to_numpy(self.parameters.read(spec.name))
             for seg in self.manifest.segments[index]:
                 if seg.chunk not in self.owned:
                     continue
-                at, to = seg.chunk_start, seg.chunk_start + seg.length
-                np.subtract(
-                    self._chunk(self.anchor, seg.chunk)[at:to],
-                    local[seg.parameter_start : seg.parameter_start + seg.length],
-                    out=delta[at:to],
-                )
-                if to == self.manifest.chunk_length(seg.chunk):
-                    values = delta[:to]
-                    norm_squared += self._checked_norm_squared(values, seg.chunk)
-                    buffer = self.codec.encode(values) if encoded else values.view(np.uint8)
-                    chunks.append((seg.chunk, self.blobs.put(buffer), buffer.nbytes))
-        return Offer(chunks, norm_squared, time.perf_counter() - began)
+                if seg.chunk_start == 0:
+                    delta = self.writer.slot(self.manifest.chunk_length(seg.chunk))
+                anchor = self._chunk(self.anchor, seg.chunk)
+                for start, stop in _blocks(seg.length):
+                    at = slice(seg.chunk_start + start, seg.chunk_start + stop)
+                    values = delta[at]
+                    np.subtract(
+                        anchor[at],
+                        local[seg.parameter_start + start : seg.parameter_start + stop],
+                        out=values,
+                    )
+                    norm_squared += self._checked_norm_squared(values, spec.name)
+                if seg.chunk_start + seg.length == delta.size:
+                    self.writer.add(seg.chunk, self.codec.encode(delta) if encoded else delta.view(np.uint8))
+        return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began)
 
-    def apply(self, handles: dict[int, Any]) -> dict[int, str]:
+    def apply(self, merged: Bundle) -> dict[int, str]:
         """The outer step on this rank's chunks, then the new anchor into every engine of the pool.
 
         Args:
-            handles: merged chunks (fp32) by id; those of other ranks are ignored.
+            merged: the merged update in fp32, all chunks; those of other ranks are not fetched.
 
         Returns:
             Digest of each owned anchor chunk.
         """
-        for chunk in self.owned:
-            (data,) = self.blobs.get([handles[chunk]])
-            gradient = data.view(np.float32)
-            state = {slot: self._chunk(values, chunk) for slot, values in self.outer_state.items()}
-            self.outer.step(self._chunk(self.anchor, chunk), gradient, state)
-        self._spread(self.anchor, self.parameters.write)
-        return self.digests()
+        reader = PartReader(self.blobs.get, merged)
+        digests: dict[int, str] = {}
+        alone, hasher = self.spec.world == 1, xxhash.xxh3_128()
+        for index, spec in enumerate(self.manifest.parameters):  # elementwise, so any cut gives the same bits
+            for seg in self.manifest.segments[index]:
+                if seg.chunk not in self.owned:
+                    continue
+                anchor = self._chunk(self.anchor, seg.chunk)
+                gradient = reader.read(seg.chunk).view(np.float32)
+                slots = {slot: self._chunk(values, seg.chunk) for slot, values in self.outer_state.items()}
+                for start, stop in _blocks(seg.length):
+                    at = slice(seg.chunk_start + start, seg.chunk_start + stop)
+                    self.outer.step(
+                        anchor[at], gradient[at], {slot: values[at] for slot, values in slots.items()}
+                    )
+                    hasher.update(anchor[at])
+                if seg.chunk_start + seg.length == anchor.size:
+                    digests[seg.chunk] = hasher.hexdigest()
+                    hasher.reset()
+            if alone:  # while the parameter is still in cache
+                own = self.anchor[spec.offset : spec.offset + spec.size]
+                self.parameters.write(spec.name, torch.from_numpy(own))
+        if not alone:
+            self._spread(self.anchor, self.parameters.write)
+        return digests
 
     def digests(self) -> dict[int, str]:
         """Digest of each owned anchor chunk (xxh3-128 over its fp32 bytes)."""
@@ -318,14 +345,13 @@ class RankWorker:
                 dist.broadcast(full[start:stop], src=rank)
             write(spec.name, full)
 
-    def _checked_norm_squared(self, values: Array, chunk: int) -> float:
-        """Squared norm of a chunk; refuses NaN and Inf by the parameter's name."""
+    def _checked_norm_squared(self, values: Array, name: str) -> float:
+        """Squared norm of a piece of the update; refuses NaN and Inf by the parameter's name."""
         norm_squared = float(np.dot(values, values))
         if np.isfinite(norm_squared):
             return norm_squared
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
-            name = self.manifest.name_at(chunk, int(bad[0]))
             raise NonFiniteUpdateError(
                 self.spec.region, f"the update of parameter {name!r} holds {values[bad[0]]}; it was not sent"
             )
@@ -412,6 +438,12 @@ class RankWorker:
 def _to_numpy(tensor: torch.Tensor) -> Array:
     values: Array = tensor.detach().to("cpu", torch.float32).numpy()
     return values
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Cuts of a run of elements that stay in cache through several passes."""
+    for start in range(0, length, BLOCK):
+        yield start, min(start + BLOCK, length)
 
 
 def _mix(*parts: object) -> int:
