@@ -151,10 +151,15 @@ class CheckpointStore:
         """Per-chunk tensors and scalars of the given chunk ids.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or a chunk is in none of them.
+            CheckpointError: a file is missing or damaged, or a chunk is in none of them
+                (but no files at all hold nothing).
         """
         tensors: dict[str, dict[int, Array]] = {}
         scalars: dict[str, Any] = {}
+        files = list(files)
+        lost = [c for c in chunks if not any(part.first <= c <= part.last for part in files)]
+        if files and lost:
+            raise CheckpointError(f"{self.folder(round)}: no file holds chunk {lost[0]}")
         for part in files:
             if part.last < chunks.start or part.first >= chunks.stop:
                 continue
@@ -188,6 +193,7 @@ class CheckpointStore:
             CheckpointError: a file is not there in full (for example: the folder is not
                 shared between the regions' nodes and the driver's).
         """
+        self.fs.invalidate_cache()
         folder = self.folder(record.round)
         files = [*record.model_files, *(f for r in record.regions.values() for f in r.files)]
         for file in files:

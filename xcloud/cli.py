@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import closing, redirect_stdout
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -133,12 +134,7 @@ def train(
         from xcloud.driver import train as play  # noqa: PLC0415
 
         try:
-            # Ray prints its raylets' complaints on standard output; they belong beside the run's records.
-            with (
-                signals,
-                (folder / "ray.log").open("a", encoding="utf-8") as chatter,
-                redirect_stdout(chatter),
-            ):
+            with signals, _kept_apart(folder / "ray.log"):
                 outcome = play(
                     config,
                     run_dir=folder,
@@ -276,6 +272,17 @@ def _load(path: Path, overrides: list[str] | None) -> JobConfig:
     from xcloud.config import load_job  # noqa: PLC0415
 
     return load_job(path, overrides or ())
+
+
+@contextmanager
+def _kept_apart(path: Path) -> Iterator[None]:
+    """Standard output into a file: Ray prints its raylets' complaints there, and they must not tear the view."""
+    with path.open("a", encoding="utf-8") as chatter, redirect_stdout(chatter):
+        try:
+            yield
+        finally:
+            if chatter.tell() == 0:
+                path.unlink()
 
 
 def _run_folder(name: str, command: list[str], run_dir: Path | None, resume: str | None) -> Path:

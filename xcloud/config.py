@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -237,17 +237,19 @@ def parse_job(text: str, overrides: Iterable[str] = (), origin: str = "job") -> 
     for plugin in plugins if isinstance(plugins, list) else []:
         _import_plugin(plugin, origin)
     try:
-        return JobConfig.model_validate(raw)
+        job = JobConfig.model_validate(raw)
+        lines = list(_switches(raw, job.model_dump(mode="json")))
     except ValidationError as error:
-        lines = [_explain(e, raw) for e in error.errors(include_url=False)]
-        raise ConfigError(
-            f"{origin}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
-        ) from None
+        errors = error.errors(include_url=False)
+        lines = [_explain(e, raw) for e in errors if not _only_follows(e, errors)]
+    if lines:
+        raise ConfigError(f"{origin}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0]))
+    return job
 
 
 def dump_job(job: JobConfig) -> str:
     """The job as YAML; `parse_job` gives the same job back."""
-    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(job.model_dump(mode="json"), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -264,11 +266,16 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which `_StrictLoader` would read as a number."""
+
+
+for _side in (_StrictLoader, _StrictDumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
 
 
 def _import_plugin(plugin: Any, origin: str) -> None:
@@ -342,6 +349,28 @@ def _explain(error: Any, raw: Any) -> str:
     if isinstance(given, dict | list) or error["type"] in {"value_error", "part_unknown"}:
         return f"{path}: {message}" if path else message
     return f"{path}: {message}, got {given!r}"
+
+
+def _only_follows(error: Any, errors: Sequence[Any]) -> bool:
+    """Whether a list seems too short only because its wrong entries do not count."""
+    at = error["loc"]
+    return error["type"] == "too_short" and any(
+        len(other["loc"]) > len(at) and other["loc"][: len(at)] == at for other in errors
+    )
+
+
+def _switches(raw: Any, job: Any, location: tuple[Any, ...] = ()) -> Iterator[str]:
+    """Complaints about places where the file says true or false and the job holds a number."""
+    if isinstance(raw, bool) and not isinstance(job, bool):
+        yield f"{_path(location)}: expected a number, got {str(raw).lower()}"
+    elif isinstance(raw, dict) and isinstance(job, list):
+        yield from _switches([raw], job, location)
+    elif isinstance(raw, dict) and isinstance(job, dict):
+        for key, value in raw.items():
+            yield from _switches(value, job.get(key), (*location, key))
+    elif isinstance(raw, list) and isinstance(job, list):
+        for index, (value, held) in enumerate(zip(raw, job, strict=True)):
+            yield from _switches(value, held, (*location, index))
 
 
 def _known_keys(location: Sequence[Any], raw: Any) -> list[str]:

@@ -68,7 +68,11 @@ class Run:
         for number in range(self.ledger.round + 1, last + 1):
             if self.stop.is_set():
                 break
-            self.round(number, final=number == last)
+            try:
+                self.round(number, final=number == last)
+            except QuorumError:
+                self.checkpoint()  # whoever is left holds the last committed round
+                raise
         played = not self.stop.is_set() or self.ledger.round == last
         self.checkpoint()
         done = self.ledger
@@ -103,9 +107,7 @@ class Run:
         if merged is None:
             return False
         total, handles = merged
-        applied = self.fleet.ask(
-            lambda region: region.apply(total, handles, evaluate), number, job.failure.deadline_s
-        )
+        applied = self.fleet.ask(lambda region: region.apply(total, handles, evaluate), number)
         if not applied:  # most likely the aggregator has died, and the merged update with it
             return self.again(plan, "every region was lost while it applied the merged update")
         reports = {name: report for name, (report, _) in offers.items()}
@@ -113,8 +115,7 @@ class Run:
         for name, answer in applied.items():
             if answer.pools:
                 self.log.event("region_sharding", region=name, pools=json_safe(answer)["pools"])
-        due = job.checkpoint.every and number % job.checkpoint.every == 0
-        if due or final or self.stop.is_set() or self.fleet.recovering:
+        if job.checkpoint.every and number % job.checkpoint.every == 0:
             self.checkpoint()
         return True
 
@@ -190,7 +191,7 @@ class Run:
         while self.fleet.ready and number > (self.ledger.saved.round if self.ledger.saved else 0):
             self.ledger.store.clear(number)
             donor = self.fleet.ready[0]
-            saved = self.fleet.ask(partial(_save, number, donor), number, self.job.failure.deadline_s)
+            saved = self.fleet.save(partial(_save, number, donor), number)
             if donor in saved:
                 self.ledger.commit(saved, donor)
                 self.log.event("checkpoint_committed", round=number, path=self.ledger.store.folder(number))
@@ -216,8 +217,7 @@ def train(
         XCloudError: what went wrong, in one line; the last committed round stays.
     """
     keep_job(job, run_dir, resume)
-    url = job.checkpoint.url or str((run_dir / "checkpoints").absolute())
-    store = CheckpointStore(url)
+    store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
     record = find_commit(store, run_dir) if resume else None
     log.rewind(record.round if record else 0)
     names = [region.name for region in job.regions]
@@ -233,14 +233,13 @@ def train(
             simulation=True,  # regions that share a Ray cluster are not isolated from one another
             resumed_round=record.round if record else None,
         )
-        fleet = Fleet(names, lambda name: ClusterRegion(job, name, not session.local, url), job.failure, log)
+        build = partial(ClusterRegion, job, enforce_labels=not session.local, checkpoint_url=store.url)
+        fleet = Fleet(names, build, job.failure, log)
         try:
             aggregator = ClusterAggregation(job.aggregator, job.codec)
             return Run(job, fleet, aggregator, store, log, stop or threading.Event()).play(record, stop_after)
         except KeyboardInterrupt:
-            log.event(
-                "run_stopped", round=store.rounds()[-1] if store.rounds() else 0, reason="interrupted at once"
-            )
+            log.event("run_stopped", round=max(store.rounds(), default=0), reason="interrupted at once")
             raise
         except BaseException as error:
             log.event("run_failed", reason=f"{type(error).__name__}: {error}")

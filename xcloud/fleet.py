@@ -133,31 +133,36 @@ class Fleet:
         self,
         call: Callable[[RegionHandle], Future[T]],
         round: int,
-        deadline_s: float | None = None,
         on_answer: Callable[[str, T], None] | None = None,
+        wait_for_late: bool = True,
     ) -> dict[str, T]:
         """Ask every ready region at once; returns the answers in the job's order.
 
-        A region that fails is lost, one that misses the deadline is late; neither is in the
-        answers, nor ready any more.
+        A region that fails is lost, one that misses the policy's deadline is late (or, if nobody can let
+        it go on, lost too); neither is in the answers, nor ready any more.
 
         Raises:
             XCloudError: an answer that is nobody's failure but the job's (a full disk, ...).
         """
         futures = {call(self._members[name].handle): name for name in self.ready}
         answers: dict[str, T] = {}
-        for future in self._as_done(futures, deadline_s):
+        for future in self._as_done(futures, self._policy.deadline_s):
             name = futures[future]
             try:
                 answers[name] = future.result()
             except (RegionError, DivergenceError) as error:
                 self.lose(name, round, str(error))
                 continue
-            self._members[name].restarts = 0
+            if isinstance(answers[name], Applied):
+                self._members[name].restarts = 0  # it has seen a round through
             if on_answer is not None:
                 on_answer(name, answers[name])
         for future, name in futures.items():
-            if name not in answers and self._members[name].state is State.READY:
+            if name in answers or self._members[name].state is not State.READY:
+                continue
+            if not wait_for_late:
+                self.lose(name, round, "it did not answer in time")
+            else:
                 self._members[name].state, self._members[name].busy = State.LATE, future
                 self._log.event("region_late", region=name, round=round)
         return {name: answers[name] for name in self._members if name in answers}
@@ -166,8 +171,11 @@ class Fleet:
         """Ask every ready region for its update of a round (one of `rounds`), up to the policy's deadline."""
         began = {"round": plan.round, "attempt": plan.attempt, "rounds": rounds, "regions": self.ready}
         self._log.event("round_started", **began)
-        deadline_s = self._policy.deadline_s
-        return self.ask(lambda region: region.run(plan), plan.round, deadline_s, self._log_finished)
+        return self.ask(lambda region: region.run(plan), plan.round, self._log_finished)
+
+    def save(self, call: Callable[[RegionHandle], Future[Saved]], round: int) -> dict[str, Saved]:
+        """Like `ask`; who is late is lost, since it would write over what is committed without it."""
+        return self.ask(call, round, wait_for_late=False)
 
     def lose(self, name: str, round: int, reason: str) -> None:
         """Give up a region's processes; it may be restarted."""

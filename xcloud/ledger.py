@@ -134,7 +134,7 @@ class Ledger:
         return RoundRow(
             round=plan.round,
             attempt=plan.attempt,
-            train_loss=sum(r.train_loss * r.tokens for r in reports.values()) / max(1, tokens)
+            train_loss=sum(r.train_loss * r.tokens for r in reports.values() if r.tokens) / tokens
             if tokens
             else math.nan,
             eval_loss=loss,

@@ -62,7 +62,9 @@ class RankActor:
     """
 
     def __init__(self, spec: WorkerSpec, blobs: RayBlobs, progress: Any) -> None:
-        self._worker = importlib.import_module("xcloud.training.worker").RankWorker(spec, blobs, progress)
+        worker = importlib.import_module("xcloud.training.worker")
+        node = f"{socket.gethostname()}:{ray.get_runtime_context().get_node_id()[:12]}"
+        self._worker = worker.RankWorker(spec, blobs, progress, node)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the worker."""

@@ -122,8 +122,8 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> dict[str, ClusterRegion]:
     found: dict[str, ClusterRegion] = {}
 
     class Recorded(ClusterRegion):
-        def __init__(self, job: JobConfig, name: str, *rest: Any) -> None:
-            super().__init__(job, name, *rest)
+        def __init__(self, job: JobConfig, name: str, **rest: Any) -> None:
+            super().__init__(job, name, **rest)
             found[name] = self
 
     monkeypatch.setattr(xcloud.driver, "ClusterRegion", Recorded)

@@ -63,10 +63,12 @@ class RankWorker:
         spec: WorkerSpec,
         blobs: BlobStore,
         progress: Callable[[int, int, int, float], None] | None = None,
+        node: str | None = None,
     ) -> None:
         self.spec = spec
         self.blobs = blobs
         self.progress = progress
+        self.node = node or socket.gethostname()
 
     def start(self, address: str, port: int) -> RankInfo:
         """Join the pool's process group, pack the data, build model and engine, load the anchor."""
@@ -95,7 +97,7 @@ class RankWorker:
         held = sum(flat.numel() * flat.element_size() for flat in self.parameters.flats())
         return RankInfo(
             rank=self.spec.rank,
-            node=socket.gethostname(),
+            node=self.node,
             device=str(self.device),
             parameter_bytes=held,
             optimizer_state_bytes=optimizer_state_bytes(self.engine.basic_optimizer),
@@ -124,10 +126,11 @@ class RankWorker:
         losses = torch.zeros((), dtype=torch.float32, device=self.device)
         began = told = time.perf_counter()
         engine.train()
+        generator = torch.cuda.default_generators[0] if spec.on_gpu else torch.default_generator
         for step in range(plan.inner_steps):
             overall = (plan.round - 1) * spec.inner.steps + step
             self._set_learning_rate(overall)
-            torch.manual_seed(_mix(spec.seed, spec.region, spec.pool, spec.rank, overall))
+            generator.manual_seed(_mix(spec.seed, spec.region, spec.pool, spec.rank, overall))  # dropout
             for part in range(accumulation):
                 at = start + (step * accumulation + part) * stride + spec.rank * micro
                 batch = self._batch(self.store.train, self.order.indices(at, micro))

@@ -1,0 +1,132 @@
+"""The same job through `ray job submit` on a running Ray cluster with two labelled nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.factory import raw_job, region
+from xcloud.metrics import read_events, read_rounds
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+NODES = ("us-east-1", "europe-west4")
+
+SERVE = """
+import json, sys
+from ray.cluster_utils import Cluster
+port, *agents = map(int, sys.argv[1].split(","))
+head = dict(num_cpus=2, include_dashboard=True, dashboard_port=port, labels={"ray.io/region": "hub"})
+cluster = Cluster(initialize_head=True, head_node_args=head | {"dashboard_agent_listen_port": agents.pop()})
+ids = {}
+for name in sys.argv[2:]:
+    options = {"labels": {"ray.io/region": name}, "dashboard_agent_listen_port": agents.pop()}
+    ids[name] = cluster.add_node(num_cpus=1, **options).node_id
+print(json.dumps({"url": "http://" + cluster.webui_url, "ids": ids}), flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A cluster in a process of its own."""
+
+    url: str
+    ids: dict[str, str]
+    environment: dict[str, str]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Served]:
+    """A head with a dashboard and one node for each of two regions, behind a token.
+
+    Ray reads the token's variables when it is first imported, so the cluster has its own process.
+    """
+    token = tmp_path / "token"
+    token.write_text("a-token-for-this-test-only-0123456789abcdef")
+    token.chmod(0o600)
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    ports = ",".join(map(str, free_ports(2 + len(NODES))))  # another Ray may run on this machine
+    command = [sys.executable, "-c", SERVE, ports, *NODES]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            lines = (line for line in server.stdout if line.startswith("{"))
+            facts = json.loads(next(lines))
+            yield Served(facts["url"], facts["ids"], environment)
+        finally:
+            server.stdin.close()
+            server.wait(60)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def test_ray_job_submit(cluster: Served, tmp_path: Path) -> None:
+    """Regions land on the nodes that carry their labels; the exit status and the log come back."""
+    regions = [
+        region(
+            tmp_path / "data", name, seed, {"workers": 1, "micro_batch": 2, "labels": {"ray.io/region": name}}
+        )
+        for seed, name in enumerate(NODES, 1)
+    ]
+    package = tmp_path / "package"
+    package.mkdir()
+    shutil.copytree(REPOSITORY / "xcloud", package / "xcloud", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "job.yaml").write_text(yaml.safe_dump(raw_job(tmp_path, regions, rounds=2)))
+    run_dir = tmp_path / "run"
+    done = submit(cluster, package, "train", "job.yaml", "--run-dir", str(run_dir))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row.round for row in read_rounds(run_dir)] == [1, 2]
+    assert "round 2/2" in done.stdout
+    nodes = {
+        e.fields["region"]: e.fields["pools"] for e in read_events(run_dir) if e.kind == "region_sharding"
+    }
+    assert set(nodes) == set(NODES)
+    for name in NODES:
+        assert nodes[name][0][0]["node"].endswith(cluster.ids[name][:12])
+    wrong = submit(cluster, package, "train", "job.yaml", "--set", "inner.stps=1")
+    assert wrong.returncode != 0
+    assert "did you mean 'steps'" in wrong.stdout + wrong.stderr
+
+
+def submit(cluster: Served, package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit --working-dir package -- python -m xcloud ...`, waiting for its end."""
+    ray = str(Path(sys.executable).parent / "ray")
+    command = [ray, "job", "submit", "--address", cluster.url, "--working-dir", str(package), "--"]
+    command += ["python", "-m", "xcloud", *arguments]
+    end = time.monotonic() + 90
+    while True:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, env=cluster.environment
+        )
+        if "No available agent" not in done.stderr or time.monotonic() > end:  # the head's agent starts last
+            return done
+        time.sleep(1)

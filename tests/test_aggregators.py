@@ -1,0 +1,153 @@
+"""What every aggregator promises, checked on all of them.
+
+A new aggregator needs an entry in `REFERENCE`: the same algorithm in float64, as plainly as it can be written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import Array, quick, report, reports, updates
+from xcloud.aggregators import AGGREGATORS, Aggregator, MeanConfig
+from xcloud.messages import RegionReport
+
+Double = npt.NDArray[np.float64]
+
+
+def plain_mean(values: Sequence[Double], weights: Sequence[float]) -> Double:
+    """`sum(w * u)`."""
+    return np.sum([w * u for w, u in zip(weights, values, strict=True)], axis=0)  # type: ignore[no-any-return]
+
+
+REFERENCE: dict[str, Callable[[Sequence[Double], Sequence[float]], Double]] = {"mean": plain_mean}
+
+every_aggregator = pytest.mark.parametrize("name", AGGREGATORS.names)
+
+
+def aggregator(name: str) -> Aggregator:
+    """The aggregator with its default settings."""
+    return AGGREGATORS.parse(name).build()  # type: ignore[no-any-return]
+
+
+def combine(name: str, values: Sequence[Array], weights: Sequence[float]) -> Array:
+    """One chunk, combined by a fresh aggregator into memory that holds something else."""
+    out = np.full_like(values[0], np.nan)
+    aggregator(name).combine(values, weights, out)
+    return out
+
+
+@every_aggregator
+@quick
+@given(sent=reports())
+def test_weights_sum_to_one(name: str, sent: list[RegionReport]) -> None:
+    weights = aggregator(name).weights(sent)
+    assert len(weights) == len(sent)
+    assert sum(weights) == pytest.approx(1.0, abs=1e-12)
+    assert all(w >= 0 for w in weights)
+
+
+@every_aggregator
+@quick
+@given(values=updates(), data=st.data())
+def test_equals_a_float64_reference(name: str, values: list[Array], data: st.DataObject) -> None:
+    weights = aggregator(name).weights(data.draw(reports(len(values))))
+    expected = REFERENCE[name]([v.astype(np.float64) for v in values], weights)
+    # relative to the largest term: a sum whose terms cancel is no more exact than they are
+    scale = np.max([np.abs(v) for v in values], axis=0).astype(np.float64)
+    assert (np.abs(combine(name, values, weights) - expected) <= 1e-6 * scale + 1e-38).all()
+
+
+@every_aggregator
+def test_equals_a_float64_reference_on_a_large_chunk(name: str) -> None:
+    numbers = np.random.default_rng(3)
+    values = [numbers.standard_normal(200_003).astype(np.float32) for _ in range(7)]
+    weights = aggregator(name).weights([report(f"r{i}", 10 + i) for i in range(7)])
+    expected = REFERENCE[name]([v.astype(np.float64) for v in values], weights)
+    off = np.linalg.norm(combine(name, values, weights) - expected) / np.linalg.norm(expected)
+    assert off <= 1e-6
+
+
+@every_aggregator
+@quick
+@given(values=updates(), data=st.data())
+def test_is_the_same_bit_for_bit(name: str, values: list[Array], data: st.DataObject) -> None:
+    """Twice by one aggregator, and by another one: nothing is carried from call to call."""
+    weights = aggregator(name).weights(data.draw(reports(len(values))))
+    first, second, used = np.empty_like(values[0]), np.empty_like(values[0]), aggregator(name)
+    used.combine(values, weights, first)
+    used.combine(values, weights, second)
+    assert first.tobytes() == second.tobytes() == combine(name, values, weights).tobytes()
+
+
+@every_aggregator
+@pytest.mark.parametrize("block", [1, 7, 64, 1000, 5000])
+def test_does_not_depend_on_the_block_size(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = np.random.default_rng(block)
+    values = [numbers.standard_normal(1000).astype(np.float32) for _ in range(4)]
+    weights = aggregator(name).weights([report(f"r{i}", 10 + i) for i in range(4)])
+    expected = combine(name, values, weights)
+    monkeypatch.setattr(sys.modules[type(aggregator(name)).__module__], "BLOCK", block, raising=False)
+    assert combine(name, values, weights).tobytes() == expected.tobytes()
+
+
+@every_aggregator
+@quick
+@given(values=updates(max_regions=1))
+def test_one_region_alone_is_taken_as_it_is(name: str, values: list[Array]) -> None:
+    weights = aggregator(name).weights([report("alone", 17)])
+    assert weights == [1.0]
+    assert combine(name, values, weights).tobytes() == values[0].tobytes()
+
+
+@every_aggregator
+@quick
+@given(values=updates(), data=st.data())
+def test_leaves_the_updates_alone(name: str, values: list[Array], data: st.DataObject) -> None:
+    """They are read-only views of what the regions sent."""
+    for value in values:
+        value.flags.writeable = False
+    before = [value.tobytes() for value in values]
+    combine(name, values, aggregator(name).weights(data.draw(reports(len(values)))))
+    assert [value.tobytes() for value in values] == before
+
+
+def test_mean_weighs_by_tokens_unless_told_otherwise() -> None:
+    sent = [report("a", 300), report("b", 100), report("c", 0)]
+    assert MeanConfig().build().weights(sent) == [0.75, 0.25, 0.0]
+    assert MeanConfig(weigh_by="equal").build().weights(sent) == [1 / 3] * 3
+
+
+def test_mean_of_regions_that_trained_on_nothing() -> None:
+    """No inner steps: equal weights rather than a division by zero."""
+    assert MeanConfig().build().weights([report("a", 0), report("b", 0)]) == [0.5, 0.5]
+
+
+def test_mean_lets_nothing_that_is_not_finite_disappear() -> None:
+    """The aggregation actor refuses such a sum; a mean that hid it would commit it."""
+    out = np.empty(3, np.float32)
+    bad = np.array([np.nan, np.inf, 1.0], np.float32)
+    MeanConfig().build().combine([np.ones(3, np.float32), bad], [0.5, 0.5], out)
+    assert np.isnan(out[0])
+    assert np.isinf(out[1])
+    assert out[2] == 1.0
+
+
+@every_aggregator
+def test_threads_may_share_an_aggregator(name: str) -> None:
+    """The aggregation actor folds several chunks side by side with one of it."""
+    numbers, used = np.random.default_rng(5), aggregator(name)
+    chunks = [[numbers.standard_normal(40_001).astype(np.float32) for _ in range(3)] for _ in range(8)]
+    weights = used.weights([report(f"r{i}", 10 + i) for i in range(3)])
+    outs = [np.empty_like(values[0]) for values in chunks]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda pair: used.combine(pair[0], weights, pair[1]), zip(chunks, outs, strict=True)))
+    for values, out in zip(chunks, outs, strict=True):
+        assert out.tobytes() == combine(name, values, weights).tobytes()

@@ -1,0 +1,128 @@
+"""The flat layout: chunks, segments and shares are partitions, and its digest tells layouts apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import chunk_sizes, manifests, quick, shapes
+from xcloud.manifest import Manifest, chunk_lengths
+
+
+@quick
+@given(manifests())
+def test_parameters_lie_end_to_end_in_name_order(manifest: Manifest) -> None:
+    names = [spec.name for spec in manifest.parameters]
+    assert names == sorted(names)
+    at = 0
+    for spec in manifest.parameters:
+        assert spec.offset == at
+        assert spec.size == math.prod(spec.shape)
+        at += spec.size
+    assert manifest.size == at
+
+
+@quick
+@given(manifests())
+def test_chunks_partition_the_flat_vector(manifest: Manifest) -> None:
+    lengths = [manifest.chunk_length(chunk) for chunk in range(manifest.chunk_count)]
+    assert sum(lengths) == manifest.size
+    assert all(length == manifest.chunk_size for length in lengths[:-1])
+    assert 0 < lengths[-1] <= manifest.chunk_size
+    assert lengths == chunk_lengths(manifest.size, manifest.chunk_size)
+
+
+@quick
+@given(manifests())
+def test_segments_cover_every_element_once(manifest: Manifest) -> None:
+    covered = np.zeros(manifest.size, np.int64)
+    for index, spec in enumerate(manifest.parameters):
+        chunks = [segment.chunk for segment in manifest.segments[index]]
+        assert chunks == sorted(set(chunks))
+        for segment in manifest.segments[index]:
+            assert segment.parameter == index
+            assert segment.length > 0
+            assert segment.chunk_start + segment.length <= manifest.chunk_length(segment.chunk)
+            in_chunk = segment.chunk * manifest.chunk_size + segment.chunk_start
+            assert in_chunk == spec.offset + segment.parameter_start
+            covered[in_chunk : in_chunk + segment.length] += 1
+    assert (covered == 1).all()
+
+
+@quick
+@given(manifests(), st.integers(1, 12))
+def test_ranks_share_the_chunks_out(manifest: Manifest, world: int) -> None:
+    shares = [manifest.owned(rank, world) for rank in range(world)]
+    assert [chunk for share in shares for chunk in share] == list(range(manifest.chunk_count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@quick
+@given(manifests())
+def test_every_element_has_its_parameters_name(manifest: Manifest) -> None:
+    owners = [spec.name for spec in manifest.parameters for _ in range(spec.size)]
+    for flat, name in enumerate(owners):
+        assert manifest.name_at(*divmod(flat, manifest.chunk_size)) == name
+    with pytest.raises(IndexError, match=f"element {manifest.size} is outside"):
+        manifest.name_at(*divmod(manifest.size, manifest.chunk_size))
+
+
+@quick
+@given(st.data(), shapes(), chunk_sizes)
+def test_the_order_given_does_not_matter(
+    data: st.DataObject, named: list[tuple[str, tuple[int, ...]]], chunk_size: int
+) -> None:
+    shuffled = data.draw(st.permutations(named))
+    as_lists = [(name, list(shape)) for name, shape in shuffled]
+    one, other = Manifest.of(named, chunk_size), Manifest.of(as_lists, chunk_size)
+    assert one == other
+    assert one.digest == other.digest
+
+
+LAYOUT = [("a", (2, 3)), ("b", (4,)), ("c", ())]
+
+
+@pytest.mark.parametrize(
+    ("named", "chunk_size"),
+    [
+        (LAYOUT, 6),
+        ([("a", (3, 2)), ("b", (4,)), ("c", ())], 5),
+        ([("a", (6,)), ("b", (4,)), ("c", ())], 5),
+        ([("a", (2, 3)), ("b", (5,))], 5),
+        ([("a", (2, 3)), ("bb", (4,)), ("c", ())], 5),
+        (LAYOUT[:2], 5),
+        ([*LAYOUT, ("d", (0,))], 5),
+    ],
+    ids=["chunk size", "transposed", "flattened", "joined", "renamed", "one less", "an empty one more"],
+)
+def test_the_digest_tells_layouts_apart(named: list[tuple[str, Any]], chunk_size: int) -> None:
+    assert Manifest.of(named, chunk_size).digest != Manifest.of(LAYOUT, 5).digest
+
+
+def test_the_digest_does_not_change_between_versions() -> None:
+    """It stands in commits and in every region's first message."""
+    assert Manifest.of(LAYOUT, 5).digest == "004fa1ba0b0870c83d41fe4beb666691c5bce924981eeb0f645be9039e9aed3d"
+
+
+def test_a_model_without_parameters() -> None:
+    manifest = Manifest.of([], 4)
+    assert (manifest.size, manifest.chunk_count, manifest.segments) == (0, 0, ())
+    assert list(manifest.owned(0, 3)) == []
+    assert chunk_lengths(0, 4) == []
+
+
+def test_what_is_outside_is_refused() -> None:
+    manifest = Manifest.of(LAYOUT, 5)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        Manifest.of(LAYOUT, 0)
+    for chunk in (-1, manifest.chunk_count):
+        with pytest.raises(IndexError, match=rf"chunk {chunk} is outside 0\.\.2"):
+            manifest.chunk_length(chunk)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"rank {rank} is outside a world of 2"):
+            manifest.owned(rank, 2)
