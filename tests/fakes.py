@@ -424,7 +424,6 @@ class FakeAggregator:
             regions=tuple(report.region for report in reports),
             weights=tuple(weights),
             chunk_bytes=tuple(4 * length for length in lengths),
-            digest="",
             norm=1.0,
             fold_s=0.0,
         )

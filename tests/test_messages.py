@@ -60,7 +60,6 @@ EXAMPLES: list[Message] = [
         regions=("a", "b"),
         weights=(1 / 3, 2 / 3),
         chunk_bytes=(8, 4),
-        digest="cc",
         norm=1e-30,
         fold_s=0.1,
     ),

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import ray
-import xxhash
 
 from xcloud.aggregators import AggregatorConfig
 from xcloud.codecs import CodecConfig
@@ -91,10 +90,10 @@ class Aggregation:
         folded = list(
             self._pool.map(lambda span: self._fold(span, lengths, reports, updates, weights), spans)
         )
-        norm_squared = sum(norm for _, norm, _ in folded)
+        norm_squared = sum(norm for _, norm in folded)
         if not math.isfinite(norm_squared):
             raise AggregationError(f"round {plan.round}: the merged update is not finite")
-        merged = Bundle.join(bundle for bundle, _, _ in folded)
+        merged = Bundle.join(bundle for bundle, _ in folded)
         summary = RoundSum(
             round=plan.round,
             attempt=plan.attempt,
@@ -102,7 +101,6 @@ class Aggregation:
             weights=tuple(weights),
             chunk_bytes=merged.sizes,
             parts=merged.parts,
-            digest=xxhash.xxh3_128_hexdigest("".join(digest for _, _, digest in folded).encode()),
             norm=math.sqrt(norm_squared),
             fold_s=time.perf_counter() - began,
         )
@@ -115,13 +113,13 @@ class Aggregation:
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
         weights: Sequence[float],
-    ) -> tuple[Bundle, float, str]:
-        """Fold the chunks of one outgoing part: its bundle, squared norm and digest."""
+    ) -> tuple[Bundle, float]:
+        """Fold the chunks of one outgoing part: its bundle and squared norm."""
         readers = [self._reader(report, handles) for report, handles in zip(reports, updates, strict=True)]
         writer = getattr(self._own, "writer", None)
         if writer is None:
             writer = self._own.writer = PartWriter(self.blobs.put, lengths, PART_BYTES)
-        norm_squared, digest = 0.0, xxhash.xxh3_128()
+        norm_squared = 0.0
         for chunk in span:
             values = [
                 self._decoded(report.region, reader, chunk, lengths[chunk])
@@ -130,9 +128,8 @@ class Aggregation:
             out = writer.slot(lengths[chunk])
             self.aggregator.combine(values, weights, out)
             norm_squared += float(np.dot(out, out))
-            digest.update(out)
             writer.add(chunk, out.view(np.uint8))
-        return writer.finish(), norm_squared, digest.hexdigest()
+        return writer.finish(), norm_squared
 
     def _reader(self, report: RegionReport, handles: Sequence[Handle]) -> PartReader:
         try:

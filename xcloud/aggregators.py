@@ -83,10 +83,19 @@ class Mean:
         out: npt.NDArray[np.float32],
     ) -> None:
         scale = [np.float32(w) for w in weights]
-        work = np.empty(min(BLOCK, out.size), np.float32)  # not shared: chunks are folded side by side
+        alike = len(set(scale)) == 1  # one pass less for each region, and the common case
+        work = np.empty(
+            0 if alike else min(BLOCK, out.size), np.float32
+        )  # not shared: threads fold side by side
         for start in range(0, out.size, BLOCK):
             block = slice(start, min(start + BLOCK, out.size))
             total = out[block]
+            if alike and len(updates) > 1:
+                np.add(updates[0][block], updates[1][block], out=total)
+                for update in updates[2:]:
+                    np.add(total, update[block], out=total)
+                np.multiply(total, scale[0], out=total)
+                continue
             product = work[: total.size]
             np.multiply(updates[0][block], scale[0], out=total)
             for update, factor in zip(updates[1:], scale[1:], strict=True):

@@ -151,7 +151,6 @@ class RoundSum(Message):
     weights: tuple[float, ...]
     chunk_bytes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...] = ()
-    digest: str
     norm: float
     fold_s: float
 
