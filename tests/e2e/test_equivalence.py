@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.factory import job_of, raw_job, region
-from tests.training.workers import start_worker
+from tests.training.workers import MemoryBlobs, start_worker
 from xcloud.aggregators import MeanConfig
 from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.config import JobConfig, PoolConfig
@@ -61,10 +61,8 @@ def test_three_regions_of_one_stage(tmp_path: Path, stage: int) -> None:
     """Every stage, in this process: workers, codec, aggregator and outer step are real, actors are not."""
     regions = [region(tmp_path, name, seed, plain_pool(stage)) for seed, name in enumerate("abc", 1)]
     job = job_of(raw_job(tmp_path, regions, **SETTINGS))
-    workers = [start_worker(job, r.name) for r in job.regions]
-    shared = workers[0].blobs
-    for worker in workers:
-        worker.blobs = shared
+    shared = MemoryBlobs()
+    workers = [start_worker(job, r.name, shared) for r in job.regions]
     for number in range(1, ROUNDS + 1):
         play_round(workers, number)
     expected = union_run(job)
