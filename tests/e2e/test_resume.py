@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +18,69 @@ import ray
 import yaml
 
 import xcloud.driver
-from tests.factory import job_of, raw_job, region
-from xcloud.checkpoint import CheckpointStore, CommitRecord
+from tests.e2e.conftest import ROUNDS, Finished, play
+from tests.e2e.test_equivalence import committed_model
+from xcloud.checkpoint import CheckpointStore
 from xcloud.config import JobConfig
-from xcloud.driver import train
 from xcloud.errors import CheckpointError
-from xcloud.metrics import Event, RunLog, read_events, read_rounds
+from xcloud.metrics import Event, read_events, read_rounds
 from xcloud.region import ClusterRegion
 
-ROUNDS = 6
 
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two unequal regions under AdamW, cosine schedule and Nesterov outside."""
-    folder = tmp_path_factory.mktemp("data")
-    regions = [
-        region(folder, "pair", 1, {"workers": 2, "zero_stage": 2, "micro_batch": 2}),
-        region(folder, "single", 2, {"workers": 1, "zero_stage": 3, "micro_batch": 3}),
-    ]
-    return raw_job(folder, regions, rounds=ROUNDS)
-
-
-@pytest.fixture(scope="module")
-def whole(raw: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> CommitRecord:
-    """The last commit of the uninterrupted run."""
-    return run(raw, tmp_path_factory.mktemp("whole") / "run")
-
-
-def run(raw: dict[str, Any], run_dir: Path, *listeners: Any, **options: Any) -> CommitRecord:
-    """Train in this process; returns the newest commit."""
-    with RunLog(run_dir, listeners) as log:
-        train(job_of(raw), run_dir=run_dir, log=log, **options)
-    record = CheckpointStore(run_dir / "checkpoints").latest()
-    assert record is not None
-    return record
-
-
-def test_three_rounds_and_three_more_equal_six(
-    raw: dict[str, Any], whole: CommitRecord, tmp_path: Path
-) -> None:
+def test_three_rounds_and_three_more_equal_six(finished: Finished, tmp_path: Path) -> None:
     """Weights, outer momentum, inner moments, cursors and totals: every file digest in the commit is equal."""
-    first = run(raw, tmp_path / "run", stop_after=3)
-    assert first.round == 3
-    assert run(raw, tmp_path / "run", resume=True) == whole
+    raw = finished.raw
+    assert play(raw, tmp_path / "run", stop_after=3).round == 3
+    assert play(raw, tmp_path / "run", resume=True) == finished.record
     assert [row.round for row in read_rounds(tmp_path / "run")] == list(range(1, ROUNDS + 1))
     with pytest.raises(CheckpointError, match=r"seed = 5, now 6"):
-        run(raw | {"seed": 6}, tmp_path / "run", resume=True)
+        play(raw | {"seed": 6}, tmp_path / "run", resume=True)
 
 
-def test_kill_9_of_the_driver_mid_round(raw: dict[str, Any], whole: CommitRecord, tmp_path: Path) -> None:
-    job, run_dir = tmp_path / "job.yaml", tmp_path / "run"
+def test_kill_9_of_the_driver_mid_round(finished: Finished, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with command_line(finished.raw, tmp_path, run_dir) as driver:
+        wait_for_round(run_dir, 4, driver)
+        os.kill(driver.pid, signal.SIGKILL)
+    assert CheckpointStore(run_dir / "checkpoints").rounds()[-1] < ROUNDS
+    assert play(finished.raw, run_dir, resume=True) == finished.record
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_other_pools_may_go_on(finished: Finished, tmp_path: Path) -> None:
+    """One SIGINT, in a job that saves at its end only; then the same regions, with their pools swapped."""
+    run_dir = tmp_path / "run"
+    raw = finished.raw | {"checkpoint": {"every": 0}}
+    with command_line(raw, tmp_path, run_dir) as driver:
+        wait_for_round(run_dir, 2, driver)
+        os.kill(driver.pid, signal.SIGINT)
+        assert driver.wait(120) == 130
+    stopped = CheckpointStore(run_dir / "checkpoints").rounds()[-1]
+    assert 2 <= stopped < ROUNDS
+    assert read_events(run_dir)[-1].fields["reason"] == "interrupted"
+    pair, single = raw["regions"]
+    swapped = [
+        pair | {"pools": [{"workers": 1, "zero_stage": 3, "micro_batch": 4}]},
+        single | {"pools": [{"workers": 3, "zero_stage": 1, "micro_batch": 1}]},
+    ]
+    record = play(raw | {"regions": swapped}, run_dir, resume=True)
+    assert record.regions["pair"].cursor == finished.record.regions["pair"].cursor
+    moved = committed_model(run_dir) - committed_model(finished.run_dir)
+    assert abs(moved).max() < 2e-5  # the same sequences in each step, summed in another order
+
+
+@contextmanager
+def command_line(raw: dict[str, Any], folder: Path, run_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`xcloud train` of a job in a process of its own."""
+    job = folder / "job.yaml"
     job.write_text(yaml.safe_dump(raw))
     command = [sys.executable, "-m", "xcloud", "train", str(job), "--run-dir", str(run_dir)]
-    with (tmp_path / "stderr").open("wb") as stderr:
+    with (folder / "stderr").open("wb") as stderr:
         driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
         try:
-            wait_for_round(run_dir, 4, driver)
-            os.kill(driver.pid, signal.SIGKILL)
+            yield driver
         finally:
             driver.kill()
             driver.wait()
-    assert CheckpointStore(run_dir / "checkpoints").rounds()[-1] < ROUNDS
-    assert run(raw, run_dir, resume=True) == whole
 
 
 def wait_for_round(run_dir: Path, round: int, driver: subprocess.Popen[bytes]) -> None:
@@ -131,10 +133,10 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> dict[str, ClusterRegion]:
 
 
 def test_a_region_that_dies_below_quorum_redoes_its_round(
-    raw: dict[str, Any], whole: CommitRecord, tmp_path: Path, handles: dict[str, ClusterRegion]
+    finished: Finished, tmp_path: Path, handles: dict[str, ClusterRegion]
 ) -> None:
     """Quorum is all: the round is retried, and the run ends as if nothing had happened."""
-    assert run(raw, tmp_path / "run", Killer(handles, "pair", 3)) == whole
+    assert play(finished.raw, tmp_path / "run", Killer(handles, "pair", 3)) == finished.record
     kinds = [(e.kind, e.fields.get("round")) for e in read_events(tmp_path / "run")]
     assert kinds.count(("region_failed", 3)) == 1
     assert ("round_retried", 3) in kinds
@@ -142,12 +144,12 @@ def test_a_region_that_dies_below_quorum_redoes_its_round(
 
 
 def test_a_region_that_dies_above_quorum_misses_a_round_and_rejoins(
-    raw: dict[str, Any], tmp_path: Path, handles: dict[str, ClusterRegion]
+    finished: Finished, tmp_path: Path, handles: dict[str, ClusterRegion]
 ) -> None:
     """Quorum is one: the other region commits alone, and the lost one comes back to the committed model."""
-    raw = raw | {"rounds": 200, "failure": {"quorum": 1}}
+    raw = finished.raw | {"rounds": 200, "failure": {"quorum": 1}}
     stopper = StopAfterRejoin()
-    record = run(raw, tmp_path / "run", Killer(handles, "single", 2), stopper, stop=stopper.stop)
+    record = play(raw, tmp_path / "run", Killer(handles, "single", 2), stopper, stop=stopper.stop)
     rows = {row.round: row for row in read_rounds(tmp_path / "run")}
     assert list(rows[2].regions) == ["pair"]
     assert set(rows[record.round].regions) == {"pair", "single"}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xcloud.errors import ModelError
@@ -28,11 +31,16 @@ def build_config(settings: ModelConfig, vocab_size: int) -> Any:
         wanted.setdefault(token, None)
     try:
         config = AutoConfig.for_model(kind, **wanted)
+    except StrictDataclassError as error:
+        raise ModelError(f"model.config: {error.__cause__ or error!s}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.config: {str(error).splitlines()[0]}") from None
-    unknown = sorted(set(wanted) - set(config.__class__().to_dict()) - set(_accepted(config)))
-    if unknown:
-        raise ModelError(f"model.config: {kind} knows no setting {unknown[0]!r}")
+    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    for name in sorted(set(wanted) - known):
+        # Names that are like nothing known pass: Hugging Face configs take older spellings too.
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if close:
+            raise ModelError(f"model.config: {kind} knows no setting {name!r}; did you mean {close[0]!r}?")
     _check_vocabulary(config, vocab_size)
     return config
 
@@ -79,10 +87,6 @@ def build_model(settings: ModelConfig, vocab_size: int, seed: int) -> torch.nn.M
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Trainable parameters by name; tied weights appear once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _accepted(config: Any) -> list[str]:
-    return [*vars(config), *config.attribute_map]
 
 
 def _check_vocabulary(config: Any, vocab_size: int) -> None:

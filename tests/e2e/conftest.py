@@ -1,0 +1,46 @@
+"""One finished run that several tests look at: starting ranks is what takes the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.factory import job_of, raw_job, region
+from xcloud.checkpoint import CheckpointStore, CommitRecord
+from xcloud.driver import train
+from xcloud.metrics import RunLog
+
+ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An uninterrupted run of two unequal regions under AdamW, cosine schedule and Nesterov outside."""
+
+    raw: dict[str, Any]
+    run_dir: Path
+    record: CommitRecord
+
+
+def play(raw: dict[str, Any], run_dir: Path, *listeners: Any, **options: Any) -> CommitRecord:
+    """Train in this process; returns the newest commit."""
+    with RunLog(run_dir, listeners) as log:
+        train(job_of(raw), run_dir=run_dir, log=log, **options)
+    record = CheckpointStore(run_dir / "checkpoints").latest()
+    assert record is not None
+    return record
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Played once for the whole session."""
+    folder = tmp_path_factory.mktemp("finished")
+    regions = [
+        region(folder, "pair", 1, {"workers": 2, "zero_stage": 2, "micro_batch": 2}),
+        region(folder, "single", 2, {"workers": 1, "zero_stage": 3, "micro_batch": 3}),
+    ]
+    raw = raw_job(folder, regions, rounds=ROUNDS)
+    return Finished(raw, folder / "run", play(raw, folder / "run"))
