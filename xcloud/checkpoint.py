@@ -43,6 +43,7 @@ class RegionState(BaseModel):
 
     Attributes:
         cursor: absolute position in the region's data order.
+        data_fingerprint: of the packed data that the cursor points into.
         inner_round: committed round at which the inner state was saved; None if never.
         files: its inner optimizer state.
     """
@@ -50,6 +51,7 @@ class RegionState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cursor: int
+    data_fingerprint: str = ""
     inner_round: int | None
     files: tuple[CheckpointFile, ...] = ()
 
@@ -205,6 +207,7 @@ class CheckpointStore:
                     "checkpoint.url must be reachable from the driver and from every region"
                 )
         final = posixpath.join(folder, "commit.json")
+        self.fs.makedirs(folder, exist_ok=True)
         data = record.model_dump_json(indent=1).encode()
         if self._is_local:
             self.fs.pipe_file(final + ".tmp", data)

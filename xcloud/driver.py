@@ -24,7 +24,7 @@ from xcloud.aggregation import AggregatorHandle, ClusterAggregation
 from xcloud.checkpoint import CheckpointStore, CommitRecord
 from xcloud.cloud.session import ray_session
 from xcloud.config import JobConfig
-from xcloud.errors import QuorumError, RegionError
+from xcloud.errors import AggregationError, DivergenceError, QuorumError, RegionError
 from xcloud.fleet import Fleet, RegionHandle
 from xcloud.ledger import Ledger, Outcome, find_commit, keep_job
 from xcloud.messages import RegionReport, RoundPlan, RoundSum, Saved, SaveOrder, json_safe
@@ -70,8 +70,9 @@ class Run:
                 break
             try:
                 self.round(number, final=number == last)
-            except QuorumError:
-                self.checkpoint()  # whoever is left holds the last committed round
+            except (QuorumError, AggregationError) as error:
+                if not isinstance(error, DivergenceError):
+                    self.checkpoint()  # whoever is left holds the last committed round
                 raise
         played = not self.stop.is_set() or self.ledger.round == last
         self.checkpoint()
@@ -216,9 +217,9 @@ def train(
     Raises:
         XCloudError: what went wrong, in one line; the last committed round stays.
     """
-    keep_job(job, run_dir, resume)
     store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
-    record = find_commit(store, run_dir) if resume else None
+    record = find_commit(job, store, run_dir, resume)
+    keep_job(job, run_dir)
     log.rewind(record.round if record else 0)
     names = [region.name for region in job.regions]
     with ray_session(address, job.cpus) as session:

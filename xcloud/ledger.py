@@ -15,7 +15,7 @@ from xcloud.manifest import chunk_lengths
 from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
 from xcloud.metrics import RegionRow, RoundRow, read_events
 
-__all__ = ["Ledger", "Outcome", "find_commit", "keep_job", "mean_loss"]
+__all__ = ["Ledger", "Outcome", "check_job", "find_commit", "keep_job", "mean_loss"]
 
 CHANGEABLE = ("rounds", "failure", "checkpoint", "evaluation")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
@@ -43,6 +43,7 @@ class Ledger:
         self.manifest_digest = ""
         self.lengths: list[int] = []
         self.cursors = {region.name: 0 for region in job.regions}
+        self.data: dict[str, str] = {}
         self.tokens = 0
         self.eval_start: float | None = None
         self.eval_loss: float | None = None
@@ -69,6 +70,7 @@ class Ledger:
                         f"regions {first.region!r} and {answer.region!r} start from different {what} "
                         f"({mine[:12]}, {theirs[:12]}); check that they run the same versions"
                     )
+        self.data = {name: answer.data_fingerprint for name, answer in ready.items()}
         self.manifest_digest, self.model_digest = first.manifest_digest, first.model_digest
         self.lengths = chunk_lengths(first.parameters, self.job.chunk_size)
         self.eval_start = self.eval_loss = mean_loss(ready.values())
@@ -83,6 +85,12 @@ class Ledger:
             raise CheckpointError(
                 f"{self.store.url}: round {record.round} holds another model layout or chunk_size than this job"
             )
+        for name, state in record.regions.items():
+            if state.data_fingerprint != self.data.get(name, state.data_fingerprint):
+                raise CheckpointError(
+                    f"region {name!r}: its data is not what round {record.round} was trained on, so its cursor "
+                    "points nowhere; expected the same files, tokenizer and held-out fraction"
+                )
         self.round, self.model_digest, self.saved = record.round, record.model_digest, record
         self.cursors |= {name: state.cursor for name, state in record.regions.items()}
         self.tokens, self.eval_start, self.eval_loss = record.tokens, record.eval_loss_start, record.eval_loss
@@ -177,7 +185,9 @@ class Ledger:
             if name not in saved and previous is not None and self.saved is not None:
                 self.store.carry(self.saved.round, self.round, previous.files)
                 files, inner_round = previous.files, previous.inner_round
-            regions[name] = RegionState(cursor=cursor, inner_round=inner_round, files=files)
+            regions[name] = RegionState(
+                cursor=cursor, data_fingerprint=self.data.get(name, ""), inner_round=inner_round, files=files
+            )
         record = CommitRecord(
             job=self.job.name,
             round=self.round,
@@ -203,13 +213,22 @@ def mean_loss(answers: Iterable[RegionReady | Applied]) -> float | None:
     return sum(a.eval_loss * a.eval_tokens for a in answers if a.eval_tokens) / tokens if tokens else None
 
 
-def find_commit(store: CheckpointStore, run_dir: Path) -> CommitRecord | None:
-    """The commit to resume from; None when the run never got as far as one.
+def find_commit(job: JobConfig, store: CheckpointStore, run_dir: Path, resume: bool) -> CommitRecord | None:
+    """The commit to resume from; None when the run is new or never got as far as one.
 
     Raises:
-        CheckpointError: the run has committed rounds, but not here.
+        CheckpointError: the run has committed rounds, but not here; or it is new, and here are another's.
     """
+    if resume:
+        check_job(job, run_dir)
     record = store.latest()
+    if not resume:
+        if record is not None:
+            raise CheckpointError(
+                f"{store.url}: holds committed rounds of another run (up to {record.round}); "
+                "go on with --resume, or choose another checkpoint.url"
+            )
+        return None
     if record is None and any(event.kind == "checkpoint_committed" for event in read_events(run_dir)):
         raise CheckpointError(
             f"{store.url}: no committed round here, though {run_dir / 'events.jsonl'} tells of some; "
@@ -218,25 +237,30 @@ def find_commit(store: CheckpointStore, run_dir: Path) -> CommitRecord | None:
     return record
 
 
-def keep_job(job: JobConfig, run_dir: Path, resume: bool) -> None:
-    """Write the resolved job into the run folder, or check a resumed job against it.
+def keep_job(job: JobConfig, run_dir: Path) -> None:
+    """Write the resolved job into the run folder, whole or not at all."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    fresh = run_dir / "job.yaml.tmp"
+    fresh.write_text(dump_job(job), encoding="utf-8")
+    fresh.replace(run_dir / "job.yaml")
+
+
+def check_job(job: JobConfig, run_dir: Path) -> None:
+    """Check a resumed job against the one that the run was started with.
 
     Raises:
         CheckpointError: a key that decides the result differs; names it.
     """
     path = run_dir / "job.yaml"
-    if resume:
-        if not path.exists():
-            raise CheckpointError(f"{run_dir}: no run to resume here (expected {path.name})")
-        before, after = _fixed(load_job(path)), _fixed(job)
-        changed = _difference(before, after, "")
-        if changed:
-            raise CheckpointError(
-                f"{path}: the run was started with {changed}; a resumed run may change only "
-                f"{', '.join(CHANGEABLE)} and the regions' pools"
-            )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_job(job), encoding="utf-8")
+    if not path.exists():
+        raise CheckpointError(f"{run_dir}: no run to resume here (expected {path.name})")
+    before, after = _fixed(load_job(path)), _fixed(job)
+    changed = _difference(before, after, "")
+    if changed:
+        raise CheckpointError(
+            f"{path}: the run was started with {changed}; a resumed run may change only "
+            f"{', '.join(CHANGEABLE)} and the regions' pools"
+        )
 
 
 def _fixed(job: JobConfig) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class RegionReady(Message):
     parameters: int
     chunks: int
     data: str
+    data_fingerprint: str = ""
     train_sequences: int
     pools: tuple[tuple[RankInfo, ...], ...]
     eval_loss: float

@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from xcloud.aggregators import MeanConfig
 from xcloud.cloud.placement import place_pool, release_pool
 from xcloud.config import JobConfig, PoolConfig, dump_job, parse_job
-from xcloud.errors import DivergenceError
+from xcloud.errors import DataError, DivergenceError
 from xcloud.messages import (
     Applied,
     PoolReport,
@@ -344,9 +344,12 @@ class Region:
     # -- facts ----------------------------------------------------------------------------
 
     def _ready(self, evaluate: bool) -> RegionReady:
-        data, sequences, manifest, parameters, chunks = ray.get(
-            self.pools[0].ranks[0].call.remote("describe")
-        )
+        facts = gather([reference for pool in self.pools for reference in pool.ask("describe")])
+        data, fingerprint, sequences, manifest, parameters, chunks = facts[0]
+        if any(other[1] != fingerprint for other in facts):
+            raise DataError(
+                f"region {self.name!r}: its ranks see different data; expected equal files on its nodes"
+            )
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
         return RegionReady(
             region=self.name,
@@ -355,6 +358,7 @@ class Region:
             parameters=parameters,
             chunks=chunks,
             data=data,
+            data_fingerprint=fingerprint,
             train_sequences=sequences,
             pools=self._infos(),
             eval_loss=loss,

@@ -56,6 +56,21 @@ def test_a_written_model_is_the_one_that_runs(tmp_path: Path, stage: int, precis
         assert torch.equal(one.parameters.read(spec.name), other.parameters.read(spec.name)), spec.name
 
 
+def test_activation_checkpointing_changes_memory_not_results(tmp_path: Path) -> None:
+    """Recomputed activations give the same step, also where parameters are gathered again for it."""
+    for stage in (1, 3):
+        pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2}
+        plain, thrifty = (
+            start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool | extra)])))
+            for extra in ({}, {"activation_checkpointing": True})
+        )
+        assert plain.train(PLAN, 0).loss_sum == thrifty.train(PLAN, 0).loss_sum
+        for spec in plain.manifest.parameters:
+            assert torch.equal(plain.parameters.read(spec.name), thrifty.parameters.read(spec.name)), (
+                spec.name
+            )
+
+
 def test_low_precision_starts_from_the_fp32_model(tmp_path: Path) -> None:
     """Without training the update is exactly zero: master weights hold the anchor, not its rounding."""
     for stage, precision in LAYOUTS:

@@ -43,6 +43,9 @@ def join_process_group(address: str, port: int, rank: int, world: int, on_gpu: b
         torch.set_num_threads(threads)
         # DeepSpeed would compile a shared-memory op for up to two minutes; gloo serves without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world == 1 and not on_gpu:  # nobody to meet, so no port that another process might take first
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # in its __all__ at run time only
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
@@ -54,7 +57,10 @@ def build_engine(model: torch.nn.Module, engine: EngineConfig, inner: InnerConfi
     The learning rate is set by the caller at every step, so there is no scheduler inside.
     """
     if engine.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        # Renamed in transformers 5.23; Python 3.10 has an older one.
+        old = getattr(model, "gradient_checkpointing_enable", None)
+        enable: Any = getattr(model, "activation_checkpointing_enable", old)
+        enable(**{f"{enable.__name__.removesuffix('_enable')}_kwargs": {"use_reentrant": False}})
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": engine.micro_batch,
         "gradient_accumulation_steps": engine.gradient_accumulation,

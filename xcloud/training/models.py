@@ -56,9 +56,9 @@ def build_model(settings: ModelConfig, vocab_size: int, seed: int) -> torch.nn.M
     Raises:
         ModelError: names the setting, folder or hub id that is wrong.
     """
+    torch.manual_seed(seed)  # for a pretrained folder that lacks a weight, too
     if settings.config is not None:
         config = build_config(settings, vocab_size)
-        torch.manual_seed(seed)
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except (ValueError, TypeError, RuntimeError) as error:

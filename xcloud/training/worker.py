@@ -104,10 +104,10 @@ class RankWorker:
             owned_chunks=len(self.owned),
         )
 
-    def describe(self) -> tuple[str, int, str, int, int]:
-        """Data in words, training sequences, manifest digest, parameters, chunks."""
-        m = self.manifest
-        return self.store.describe(), len(self.store.train), m.digest, m.size, m.chunk_count
+    def describe(self) -> tuple[str, str, int, str, int, int]:
+        """Data in words and its fingerprint, training sequences, manifest digest, parameters, chunks."""
+        m, data = self.manifest, self.store
+        return data.describe(), data.fingerprint, len(data.train), m.digest, m.size, m.chunk_count
 
     def work(self, plan: RoundPlan, start: int, encoded: bool) -> tuple[Trained, Offer]:
         """A whole local round: `train`, then `offer`."""
@@ -263,7 +263,7 @@ class RankWorker:
             inner[key] = self._empty_owned()
             self._gather(partial(self.parameters.read, key=key), inner[key])
         scalars["loss_scale"] = self._loss_scale()
-        if keys:
+        if keys or scalars["loss_scale"]:
             prefix = self._inner_prefix()
             written += store.write_tensors(round, prefix, self.owned, self._by_chunk(inner), scalars)
         return written
@@ -290,7 +290,7 @@ class RankWorker:
         if self.spec.world > 1:  # a rank that owns no chunk learns the layout from the others
             layouts: list[Any] = [None] * self.spec.world
             dist.all_gather_object(layouts, (names, scalars))
-            names, scalars = max(layouts, key=lambda layout: len(layout[0]))
+            names, scalars = max(layouts, key=lambda layout: (len(layout[0]), len(layout[1])))
         self._reset_inner(names, scalars)
         for name in names:
             values = self._empty_owned()
@@ -396,7 +396,7 @@ class RankWorker:
 
     def _loss_scaler(self) -> Any:
         wrapper = self.engine.optimizer
-        return getattr(wrapper, "loss_scaler", wrapper)
+        return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
 
     def _loss_scale(self) -> dict[str, Any] | None:
         """The dynamic loss scaler's counters (fp16 only)."""
