@@ -110,9 +110,14 @@ class BareLoop:
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
         torch.manual_seed(settings.seed)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings.model, use_cache=False))
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-        )
+        groups = [  # the usual recipe, and the job's: matrices decay, vectors do not
+            {
+                "params": [p for p in model.parameters() if p.dim() >= 2],
+                "weight_decay": settings.weight_decay,
+            },
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99))
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
