@@ -63,16 +63,6 @@ def test_ranks_share_the_chunks_out(manifest: Manifest, world: int) -> None:
 
 
 @quick
-@given(manifests())
-def test_every_element_has_its_parameters_name(manifest: Manifest) -> None:
-    owners = [spec.name for spec in manifest.parameters for _ in range(spec.size)]
-    for flat, name in enumerate(owners):
-        assert manifest.name_at(*divmod(flat, manifest.chunk_size)) == name
-    with pytest.raises(IndexError, match=f"element {manifest.size} is outside"):
-        manifest.name_at(*divmod(manifest.size, manifest.chunk_size))
-
-
-@quick
 @given(st.data(), shapes(), chunk_sizes)
 def test_the_order_given_does_not_matter(
     data: st.DataObject, named: list[tuple[str, tuple[int, ...]]], chunk_size: int

@@ -106,14 +106,6 @@ class Manifest:
         layout = [self.chunk_size, [[p.name, *p.shape] for p in self.parameters]]
         return hashlib.sha256(json.dumps(layout, separators=(",", ":")).encode()).hexdigest()
 
-    def name_at(self, chunk: int, position: int) -> str:
-        """Name of the parameter that holds element `position` of `chunk`."""
-        flat = chunk * self.chunk_size + position
-        for spec in self.parameters:
-            if spec.offset <= flat < spec.offset + spec.size:
-                return spec.name
-        raise IndexError(f"element {flat} is outside the flat vector of {self.size}")
-
 
 def chunk_lengths(size: int, chunk_size: int) -> list[int]:
     """Elements of each chunk of a flat vector of `size` elements."""

@@ -10,6 +10,7 @@ import torch
 
 from tests.factory import job_of, raw_job, region
 from tests.training.workers import start_worker
+from xcloud.errors import NonFiniteUpdateError
 from xcloud.messages import RoundPlan
 from xcloud.parts import PartReader
 
@@ -69,6 +70,17 @@ def test_activation_checkpointing_changes_memory_not_results(tmp_path: Path) -> 
             assert torch.equal(plain.parameters.read(spec.name), thrifty.parameters.read(spec.name)), (
                 spec.name
             )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_refused_by_name(tmp_path: Path, bad: float) -> None:
+    worker = start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1)])))
+    name = "model.layers.1.mlp.up_proj.weight"
+    value = worker.parameters.read(name).clone()
+    value[7] = bad
+    worker.parameters.write(name, value)
+    with pytest.raises(NonFiniteUpdateError, match=rf"region 'a': the update of parameter '{name}' holds"):
+        worker.offer(encoded=True)
 
 
 def test_low_precision_starts_from_the_fp32_model(tmp_path: Path) -> None:

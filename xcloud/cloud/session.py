@@ -19,12 +19,10 @@ class Session:
 
     Attributes:
         local: this process started its own one-machine Ray; node labels are not enforced there.
-        nodes: live nodes.
     """
 
-    def __init__(self, local: bool, nodes: int) -> None:
+    def __init__(self, local: bool) -> None:
         self.local = local
-        self.nodes = nodes
 
 
 @contextmanager
@@ -39,7 +37,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[Session]:
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
-        yield Session(local=False, nodes=len(ray.nodes()))
+        yield Session(local=False)
         return
     if address is not None:
         try:
@@ -59,6 +57,6 @@ def ray_session(address: str | None, cpus: int) -> Iterator[Session]:
             namespace="xcloud",
         )
     try:
-        yield Session(local=address is None, nodes=len(ray.nodes()))
+        yield Session(local=address is None)
     finally:
         ray.shutdown()
