@@ -34,13 +34,11 @@ from benchmarks.memory import MemorySampler
 from benchmarks.peers import PeerOptions, flower_python, run_peer
 from benchmarks.peers.plain_ray import Aggregator, Region, initial_model
 from xcloud.aggregation import ClusterAggregation
-from xcloud.aggregators import MeanConfig
 from xcloud.checkpoint import CheckpointStore
-from xcloud.codecs import IdentityConfig
 from xcloud.config import JobConfig, parse_job
 from xcloud.driver import Run
 from xcloud.fleet import Fleet
-from xcloud.manifest import chunk_lengths
+from xcloud.manifest import ChunkLayout
 from xcloud.messages import RegionReport, RoundPlan
 from xcloud.metrics import RunLog
 from xcloud.parts import Bundle, PartWriter
@@ -90,7 +88,7 @@ def run(options: Options) -> Result:
     )
     try:
         (ours, plain, tuned), parameters = alternate(job, rounds)
-        over = {n: aggregator_over_model_mb(n, parameters, 3 if options.quick else 8) for n in (3, 12)}
+        over = {n: aggregator_over_model_mb(job, n, parameters, 3 if options.quick else 8) for n in (3, 12)}
     finally:
         ray.shutdown()
     flower_s = None
@@ -140,7 +138,7 @@ def alternate(job: JobConfig, rounds: int) -> tuple[list[list[float]], int]:
         names = [region.name for region in job.regions]
         fleet = Fleet(names, lambda name: ClusterRegion(job, name, False, folder), job.failure, log)
         try:
-            aggregator = ClusterAggregation(job.aggregator, job.codec)
+            aggregator = ClusterAggregation(job)
             ours = Run(job, fleet, aggregator, CheckpointStore(folder), log, threading.Event())
             ready = fleet.start(evaluate=False)
             ours.ledger.begin(ready)
@@ -226,10 +224,10 @@ class Sender:
         return writer.finish()
 
 
-def aggregator_over_model_mb(regions: int, parameters: int, rounds: int) -> float:
+def aggregator_over_model_mb(job: JobConfig, regions: int, parameters: int, rounds: int) -> float:
     """Peak memory of the real aggregation actor above one model, fed by `regions` senders."""
-    lengths = chunk_lengths(parameters, 1 << 20)
-    aggregator = ClusterAggregation(MeanConfig(), IdentityConfig())
+    lengths = [min(1 << 20, parameters - start) for start in range(0, parameters, 1 << 20)]
+    aggregator = ClusterAggregation(job)
     sender_class: Any = Sender
     senders = [sender_class.remote() for _ in range(regions)]
     plan = RoundPlan(job="m", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=0)
@@ -239,7 +237,9 @@ def aggregator_over_model_mb(regions: int, parameters: int, rounds: int) -> floa
             bundles = ray.get([sender.offer.remote(lengths) for sender in senders])
             reports = [report(f"r{index}", bundle) for index, bundle in enumerate(bundles)]
             updates = [bundle.handles for bundle in bundles]
-            total, _handles = aggregator.merge(plan, lengths, reports, updates).result()
+            total, _handles = aggregator.merge(
+                plan, [ChunkLayout(length) for length in lengths], reports, updates
+            ).result()
             owned = total.bytes_down
     ray.kill(aggregator.actor)
     for sender in senders:

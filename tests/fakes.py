@@ -27,7 +27,7 @@ from xcloud.aggregators import MeanConfig
 from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.config import JobConfig
 from xcloud.errors import DivergenceError, RegionError, XCloudError
-from xcloud.manifest import Manifest
+from xcloud.manifest import ChunkLayout, Manifest
 from xcloud.messages import (
     Applied,
     PoolReport,
@@ -247,6 +247,7 @@ class FakeRegion:
             pools=((info,),),
             eval_loss=loss,
             eval_tokens=tokens,
+            layout=tuple((chunk.length, chunk.matrices) for chunk in self.manifest.layout),
         )
 
     @property
@@ -388,16 +389,16 @@ class FakeAggregator:
     def merge(
         self,
         plan: RoundPlan,
-        lengths: Sequence[int],
+        layout: Sequence[ChunkLayout],
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Any]],
     ) -> Future[tuple[RoundSum, list[Any]]]:
-        return settled(lambda: self._merge(plan, lengths, reports, updates))
+        return settled(lambda: self._merge(plan, layout, reports, updates))
 
     def _merge(
         self,
         plan: RoundPlan,
-        lengths: Sequence[int],
+        layout: Sequence[ChunkLayout],
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[int]],
     ) -> tuple[RoundSum, list[int]]:
@@ -407,15 +408,15 @@ class FakeAggregator:
             raise RegionError(AGGREGATOR, "its process is gone")
         for report in reports:
             assert (report.round, report.attempt) == (plan.round, plan.attempt)
-            assert report.chunk_bytes == tuple(4 * length for length in lengths)
+            assert report.chunk_bytes == tuple(4 * chunk.length for chunk in layout)
             if self.world.fault(report.region, "merge", plan.round) == "die":
                 raise RegionError(report.region, "chunk 1 of its update is lost (OwnerDiedError)")
         order = [region.name for region in self.world.job.regions]
         assert [r.region for r in reports] == [n for n in order if n in {r.region for r in reports}]
         mean, merged = MeanConfig().build(), []
         weights = mean.weights(reports)
-        for chunk, length in enumerate(lengths):
-            out = np.empty(length, np.float32)
+        for chunk, shape in enumerate(layout):
+            out = np.empty(shape.length, np.float32)
             mean.combine([self.world.blobs[handles[chunk]] for handles in updates], weights, out)
             merged.append(self.world.put(out))
         total = RoundSum(
@@ -423,7 +424,7 @@ class FakeAggregator:
             attempt=plan.attempt,
             regions=tuple(report.region for report in reports),
             weights=tuple(weights),
-            chunk_bytes=tuple(4 * length for length in lengths),
+            chunk_bytes=tuple(4 * chunk.length for chunk in layout),
             norm=1.0,
             fold_s=0.0,
         )

@@ -29,6 +29,7 @@ def ready(name: str, **changes: Any) -> RegionReady:
         "pools": (),
         "eval_loss": 5.0,
         "eval_tokens": 10,
+        "layout": ((10, ()),),
     }
     return RegionReady(**facts | changes)
 

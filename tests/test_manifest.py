@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import chunk_sizes, manifests, quick, shapes
-from xcloud.manifest import Manifest, chunk_lengths
+from xcloud.manifest import ChunkLayout, Manifest
 
 
 @quick
@@ -34,7 +34,7 @@ def test_chunks_partition_the_flat_vector(manifest: Manifest) -> None:
     assert sum(lengths) == manifest.size
     assert all(length == manifest.chunk_size for length in lengths[:-1])
     assert 0 < lengths[-1] <= manifest.chunk_size
-    assert lengths == chunk_lengths(manifest.size, manifest.chunk_size)
+    assert [chunk.length for chunk in manifest.layout] == lengths
 
 
 @quick
@@ -103,7 +103,37 @@ def test_a_model_without_parameters() -> None:
     manifest = Manifest.of([], 4)
     assert (manifest.size, manifest.chunk_count, manifest.segments) == (0, 0, ())
     assert list(manifest.owned(0, 3)) == []
-    assert chunk_lengths(0, 4) == []
+    assert manifest.layout == ()
+
+
+@quick
+@given(manifests())
+def test_matrices_of_a_chunk_are_whole_rows_of_its_parameters(manifest: Manifest) -> None:
+    owner = [p for p in manifest.parameters for _ in range(p.size)]
+    held = 0
+    for chunk, layout in enumerate(manifest.layout):
+        end = 0
+        for start, rows, columns in layout.matrices:
+            assert end <= start < start + rows * columns <= layout.length
+            end = start + rows * columns
+            spec = owner[chunk * manifest.chunk_size + start]
+            assert len(spec.shape) >= 2
+            assert columns == spec.size // spec.shape[0]
+            assert (chunk * manifest.chunk_size + start - spec.offset) % columns == 0
+            assert owner[chunk * manifest.chunk_size + end - 1] == spec
+            held += rows
+    cuts = manifest.chunk_count - 1
+    whole = sum(p.shape[0] for p in manifest.parameters if len(p.shape) >= 2 and p.size)
+    assert whole - cuts <= held <= whole
+
+
+def test_rows_that_a_chunk_cuts_belong_to_no_matrix() -> None:
+    manifest = Manifest.of([("a", (3, 4)), ("b", (5,)), ("c", (2, 2, 3))], 10)
+    assert manifest.layout == (
+        ChunkLayout(10, ((0, 2, 4),)),
+        ChunkLayout(10),
+        ChunkLayout(9, ((3, 1, 6),)),
+    )
 
 
 def test_what_is_outside_is_refused() -> None:

@@ -49,6 +49,7 @@ EXAMPLES: list[Message] = [
         pools=((RANK, RANK), (RANK,)),
         eval_loss=5.5,
         eval_tokens=100,
+        layout=((4096, ((0, 4, 8), (64, 2, 3))), (17, ())),
     ),
     RoundPlan(job="j", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=0),
     Progress(region="a", round=1, step=2, steps=3, tokens=4, loss=None, tokens_per_s=0.0),

@@ -3,6 +3,8 @@
 It holds chunk buffers of the merge in flight and nothing else: no model, no outer
 optimizer, no key. Chunks are folded one id at a time, over the regions in the job's order,
 so the sum does not depend on who came first and is bit for bit the same after a resume.
+Encodings that add are added as they are and go down as their total; all others are opened,
+combined, and encoded again for the way down.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
-from xcloud.aggregators import AggregatorConfig
-from xcloud.codecs import CodecConfig
+from xcloud.codecs import Array, Bytes, Frame
+from xcloud.config import JobConfig, dump_job, parse_job
 from xcloud.errors import AggregationError, RegionError
+from xcloud.manifest import ChunkLayout
 from xcloud.messages import RegionReport, RoundPlan, RoundSum
-from xcloud.parts import Bundle, PartReader, PartWriter
+from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import call
+from xcloud.update import Framing, adds_up
 
 __all__ = ["Aggregation", "AggregatorHandle", "ClusterAggregation"]
 
@@ -40,14 +44,15 @@ class Aggregation:
     """Folds the updates of one round.
 
     Args:
-        aggregator: how updates combine.
-        codec: how they were encoded.
+        job: says how updates combine, and how they are encoded on their way up and down.
         blobs: where the chunks are.
     """
 
-    def __init__(self, aggregator: AggregatorConfig, codec: CodecConfig, blobs: RayBlobs) -> None:
-        self.aggregator = aggregator.build()
-        self.codec = codec.build()
+    def __init__(self, job: JobConfig, blobs: BlobStore) -> None:
+        self.aggregator = job.aggregator.build()
+        self.codec, self.downlink = job.codec.build(), job.downlink.build()
+        self.summed = adds_up(self.codec)
+        self.framing = Framing(job.name, job.seed, len(job.regions), "aggregator")
         self.blobs = blobs
         self._pool = ThreadPoolExecutor(THREADS)
         self._own = (
@@ -57,7 +62,7 @@ class Aggregation:
     def merge(
         self,
         plan: RoundPlan,
-        lengths: Sequence[int],
+        layout: Sequence[ChunkLayout],
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
     ) -> tuple[RoundSum, list[Handle]]:
@@ -65,7 +70,7 @@ class Aggregation:
 
         Args:
             plan: of the round.
-            lengths: elements of each chunk.
+            layout: of each chunk.
             reports: in the job's order of regions.
             updates: for each report, one handle for each of its parts.
 
@@ -79,16 +84,21 @@ class Aggregation:
                 raise AggregationError(
                     f"{report.region!r} reports round {report.round}, expected {plan.round}"
                 )
-            if len(report.chunk_bytes) != len(lengths) or len(handles) != len(report.parts):
+            if len(report.chunk_bytes) != len(layout) or len(handles) != len(report.parts):
                 raise RegionError(
                     report.region,
                     f"sent {len(report.chunk_bytes)} chunks in {len(handles)} buffers, "
-                    f"expected {len(lengths)} in {len(report.parts)}",
+                    f"expected {len(layout)} in {len(report.parts)}",
                 )
         weights = self.aggregator.weights(reports)
-        spans = _spans(lengths, PART_BYTES // 4)
+        total_share = math.fsum(report.share for report in reports)
+        if self.summed and not total_share > 0:
+            raise AggregationError(f"round {plan.round}: the regions' shares sum to {total_share}")
+        spans = _spans([chunk.length for chunk in layout], PART_BYTES // 4)
         folded = list(
-            self._pool.map(lambda span: self._fold(span, lengths, reports, updates, weights), spans)
+            self._pool.map(
+                lambda span: self._fold(span, plan.round, layout, reports, updates, weights), spans
+            )
         )
         norm_squared = sum(norm for _, norm in folded)
         if not math.isfinite(norm_squared):
@@ -101,7 +111,9 @@ class Aggregation:
             weights=tuple(weights),
             chunk_bytes=merged.sizes,
             parts=merged.parts,
-            norm=math.sqrt(norm_squared),
+            norm=None if self.summed else math.sqrt(norm_squared),
+            summed=self.summed,
+            total_share=total_share,
             fold_s=time.perf_counter() - began,
         )
         return summary, list(merged.handles)
@@ -109,7 +121,8 @@ class Aggregation:
     def _fold(
         self,
         span: range,
-        lengths: Sequence[int],
+        round: int,
+        layout: Sequence[ChunkLayout],
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
         weights: Sequence[float],
@@ -118,18 +131,44 @@ class Aggregation:
         readers = [self._reader(report, handles) for report, handles in zip(reports, updates, strict=True)]
         writer = getattr(self._own, "writer", None)
         if writer is None:
+            lengths = [chunk.length for chunk in layout]
             writer = self._own.writer = PartWriter(self.blobs.put, lengths, PART_BYTES)
+        regions = [report.region for report in reports]
         norm_squared = 0.0
         for chunk in span:
+            frame = self.framing.frame(round, chunk, layout[chunk])
+            if self.summed:
+                writer.add(chunk, self._total(regions, readers, chunk, layout[chunk].length, frame))
+                continue
             values = [
-                self._decoded(report.region, reader, chunk, lengths[chunk])
-                for report, reader in zip(reports, readers, strict=True)
+                self._opened(region, reader, chunk, layout[chunk].length, frame)
+                for region, reader in zip(regions, readers, strict=True)
             ]
-            out = writer.slot(lengths[chunk])
+            out = writer.slot(layout[chunk].length)
             self.aggregator.combine(values, weights, out)
             norm_squared += float(np.dot(out, out))
-            writer.add(chunk, out.view(np.uint8))
+            writer.add(chunk, self.downlink.encode(out, frame))
         return writer.finish(), norm_squared
+
+    def _total(
+        self, regions: Sequence[str], readers: Sequence[PartReader], chunk: int, length: int, frame: Frame
+    ) -> Bytes:
+        """The encodings of one chunk, added without opening them."""
+        total: Bytes | None = None
+        for region, reader in zip(regions, readers, strict=True):
+            data = self._fetched(region, reader, chunk)
+            if total is None:
+                total = data.copy()
+                continue
+            if data.nbytes != total.nbytes:
+                raise RegionError(
+                    region,
+                    f"chunk {chunk} of its update ({length} values) has {data.nbytes} bytes, "
+                    f"expected {total.nbytes} as from {regions[0]!r}",
+                )
+            self.codec.add(total, data, frame)
+        assert total is not None, "a round merges at least one region"
+        return total
 
     def _reader(self, report: RegionReport, handles: Sequence[Handle]) -> PartReader:
         try:
@@ -137,9 +176,16 @@ class Aggregation:
         except ValueError as error:
             raise RegionError(report.region, f"its update is malformed: {error}") from None
 
-    def _decoded(self, region: str, reader: PartReader, chunk: int, length: int) -> Any:
+    def _opened(self, region: str, reader: PartReader, chunk: int, length: int, frame: Frame) -> Array:
+        data = self._fetched(region, reader, chunk)
         try:
-            return self.codec.decode(reader.read(chunk), length)
+            return self.codec.decode(data, length, frame)
+        except ValueError as error:
+            raise RegionError(region, f"chunk {chunk} of its update is malformed: {error}") from None
+
+    def _fetched(self, region: str, reader: PartReader, chunk: int) -> Bytes:
+        try:
+            return reader.read(chunk)
         except ray.exceptions.RayError as error:
             raise RegionError(
                 region, f"chunk {chunk} of its update is lost ({type(error).__name__})"
@@ -164,15 +210,15 @@ def _spans(lengths: Sequence[int], elements: int) -> list[range]:
 class AggregationActor:
     """`Aggregation` inside an actor: headers as JSON bytes, buffers as handles."""
 
-    def __init__(self, aggregator: AggregatorConfig, codec: CodecConfig) -> None:
-        self.inner = Aggregation(aggregator, codec, RayBlobs())
+    def __init__(self, job: str) -> None:
+        self.inner = Aggregation(parse_job(job), RayBlobs())
 
     def merge(
-        self, plan: bytes, lengths: list[int], reports: list[bytes], updates: list[list[Handle]]
+        self, plan: bytes, layout: list[Any], reports: list[bytes], updates: list[list[Handle]]
     ) -> tuple[bytes, list[Handle]]:
         total, handles = self.inner.merge(
             RoundPlan.from_wire(plan, "driver"),
-            lengths,
+            [ChunkLayout(*chunk) for chunk in layout],
             [RegionReport.from_wire(report, "a region") for report in reports],
             updates,
         )
@@ -189,7 +235,7 @@ class AggregatorHandle(Protocol):
     def merge(
         self,
         plan: RoundPlan,
-        lengths: Sequence[int],
+        layout: Sequence[ChunkLayout],
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Any]],
     ) -> Future[tuple[RoundSum, list[Any]]]: ...
@@ -200,23 +246,26 @@ class AggregatorHandle(Protocol):
 class ClusterAggregation:
     """The driver's side of an aggregation actor in its own Ray cluster."""
 
-    def __init__(self, aggregator: AggregatorConfig, codec: CodecConfig) -> None:
-        self._options = (aggregator, codec)
+    def __init__(self, job: JobConfig) -> None:
+        self._job = dump_job(job)
         self._start()
 
     def _start(self) -> None:
-        self.actor = ray.remote(AggregationActor).options(num_cpus=0).remote(*self._options)
+        self.actor = ray.remote(AggregationActor).options(num_cpus=0).remote(self._job)
 
     def merge(
         self,
         plan: RoundPlan,
-        lengths: Sequence[int],
+        layout: Sequence[ChunkLayout],
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
     ) -> Future[tuple[RoundSum, list[Handle]]]:
         """Merge in the actor; see `Aggregation.merge`."""
         reference = self.actor.merge.remote(
-            plan.to_wire(), list(lengths), [r.to_wire() for r in reports], [list(u) for u in updates]
+            plan.to_wire(),
+            [(c.length, c.matrices) for c in layout],
+            [r.to_wire() for r in reports],
+            [list(u) for u in updates],
         )
         return call("the aggregator", reference, lambda r: (RoundSum.from_wire(r[0], "aggregator"), r[1]))
 

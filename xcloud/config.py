@@ -33,6 +33,7 @@ from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
 from xcloud.policies import FailureConfig
 from xcloud.registry import PartConfig, Registry, nearest
 from xcloud.training.settings import INNER_OPTIMIZERS, SCHEDULES, EngineConfig, InnerConfig, ModelConfig
+from xcloud.update import adds_up
 
 __all__ = [
     "CheckpointConfig",
@@ -158,6 +159,7 @@ class JobConfig(_Section):
     aggregator: Annotated[SerializeAsAny[AggregatorConfig], BeforeValidator(AGGREGATORS.parse)] = MeanConfig()
     outer: Annotated[SerializeAsAny[OuterConfig], BeforeValidator(OUTER_OPTIMIZERS.parse)] = NesterovConfig()
     codec: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
+    downlink: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
     chunk_size: Annotated[int, Field(ge=1024, le=1 << 24)] = 1 << 20
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -176,6 +178,23 @@ class JobConfig(_Section):
             raise ValueError(
                 f"failure.quorum is {quorum}, but 'regions' lists only {len(self.regions)}; "
                 "expected at most that many"
+            )
+        codec = self.codec.build()
+        if adds_up(codec):
+            if not isinstance(self.aggregator, MeanConfig):
+                raise ValueError(
+                    f"codec {self.codec.type!r} is added up and never opened one by one, which aggregator "
+                    f"{self.aggregator.type!r} needs; expected aggregator mean, or a codec such as block or topk"
+                )
+            if not isinstance(self.downlink, IdentityConfig):
+                raise ValueError(
+                    f"downlink {self.downlink.type!r} has nothing to do: the total of codec "
+                    f"{self.codec.type!r} goes down as it is; leave 'downlink' out"
+                )
+        if adds_up(self.downlink.build()):
+            raise ValueError(
+                f"downlink {self.downlink.type!r} takes its scale from what came before, which the aggregator "
+                "does not keep; expected identity, bf16, block, e3m0 or sparse"
             )
         for r, region in enumerate(self.regions):
             for p, pool in enumerate(region.pools):

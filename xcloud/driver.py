@@ -136,7 +136,7 @@ class Run:
         began = time.perf_counter()
         reports, updates = zip(*offers.values(), strict=True)
         try:
-            total, handles = self.aggregator.merge(plan, self.ledger.lengths, reports, updates).result()
+            total, handles = self.aggregator.merge(plan, self.ledger.layout, reports, updates).result()
         except RegionError as error:
             if error.region in offers:
                 self.fleet.lose(error.region, plan.round, str(error))
@@ -237,7 +237,7 @@ def train(
         build = partial(ClusterRegion, job, enforce_labels=not session.local, checkpoint_url=store.url)
         fleet = Fleet(names, build, job.failure, log)
         try:
-            aggregator = ClusterAggregation(job.aggregator, job.codec)
+            aggregator = ClusterAggregation(job)
             return Run(job, fleet, aggregator, store, log, stop or threading.Event()).play(record, stop_after)
         except KeyboardInterrupt:
             log.event("run_stopped", round=max(store.rounds(), default=0), reason="interrupted at once")

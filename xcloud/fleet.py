@@ -273,7 +273,7 @@ class Fleet:
 
     def _log_ready(self, ready: RegionReady, seconds: float) -> None:
         fields = json_safe(ready)
-        for key in ("manifest_digest", "model_digest", "eval_tokens"):
+        for key in ("manifest_digest", "model_digest", "eval_tokens", "layout"):
             del fields[key]
         self._log.event("region_ready", **fields, seconds=seconds)
 

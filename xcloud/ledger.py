@@ -11,7 +11,7 @@ from typing import Any
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
 from xcloud.errors import CheckpointError, DivergenceError
-from xcloud.manifest import chunk_lengths
+from xcloud.manifest import ChunkLayout
 from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
 from xcloud.metrics import RegionRow, RoundRow, read_events
 
@@ -41,7 +41,7 @@ class Ledger:
         self.round = 0
         self.model_digest = ""
         self.manifest_digest = ""
-        self.lengths: list[int] = []
+        self.layout: tuple[ChunkLayout, ...] = ()
         self.cursors = {region.name: 0 for region in job.regions}
         self.data: dict[str, str] = {}
         self.tokens = 0
@@ -72,7 +72,7 @@ class Ledger:
                     )
         self.data = {name: answer.data_fingerprint for name, answer in ready.items()}
         self.manifest_digest, self.model_digest = first.manifest_digest, first.model_digest
-        self.lengths = chunk_lengths(first.parameters, self.job.chunk_size)
+        self.layout = tuple(ChunkLayout(*chunk) for chunk in first.layout)
         self.eval_start = self.eval_loss = mean_loss(ready.values())
 
     def resume(self, record: CommitRecord) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["Manifest", "ParameterSpec", "Segment", "chunk_lengths"]
+__all__ = ["ChunkLayout", "Manifest", "ParameterSpec", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,19 @@ class ParameterSpec:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """What whoever has no model needs to know of one chunk.
+
+    Attributes:
+        length: elements.
+        matrices: `(start, rows, columns)` of the whole rows of matrices inside the chunk, in elements.
+    """
+
+    length: int
+    matrices: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,12 +114,23 @@ class Manifest:
         return tuple(out)
 
     @cached_property
+    def layout(self) -> tuple[ChunkLayout, ...]:
+        """Length and matrices of every chunk. A parameter of more than two dimensions counts as a matrix
+        of its first dimension by all others."""
+        matrices: list[list[tuple[int, int, int]]] = [[] for _ in range(self.chunk_count)]
+        for spec, segments in zip(self.parameters, self.segments, strict=True):
+            if len(spec.shape) < 2 or not spec.size:
+                continue
+            columns = spec.size // spec.shape[0]
+            for seg in segments:
+                skipped = -seg.parameter_start % columns  # the end of a row that began in the chunk before
+                rows = (seg.length - skipped) // columns
+                if rows > 0:
+                    matrices[seg.chunk].append((seg.chunk_start + skipped, rows, columns))
+        return tuple(ChunkLayout(self.chunk_length(c), tuple(m)) for c, m in enumerate(matrices))
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over names, shapes and chunk size: equal layouts have equal digests."""
         layout = [self.chunk_size, [[p.name, *p.shape] for p in self.parameters]]
         return hashlib.sha256(json.dumps(layout, separators=(",", ":")).encode()).hexdigest()
-
-
-def chunk_lengths(size: int, chunk_size: int) -> list[int]:
-    """Elements of each chunk of a flat vector of `size` elements."""
-    return [min(chunk_size, size - start) for start in range(0, size, chunk_size)]

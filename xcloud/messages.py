@@ -70,7 +70,10 @@ class RankInfo(Message):
 
 
 class RegionReady(Message):
-    """A region has its engines up and a model in place."""
+    """A region has its engines up and a model in place.
+
+    `layout` gives each chunk's elements and matrices, as in `manifest.ChunkLayout`.
+    """
 
     region: str
     manifest_digest: str
@@ -83,6 +86,7 @@ class RegionReady(Message):
     pools: tuple[tuple[RankInfo, ...], ...]
     eval_loss: float
     eval_tokens: int
+    layout: tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]
 
 
 class RoundPlan(Message):
@@ -121,6 +125,7 @@ class PoolReport(Message):
 class RegionReport(Message):
     """A region's finished local work, ready to be merged.
 
+    `share` is what the region has multiplied its update by before encoding it, where encodings add up.
     `chunk_bytes[i]` is the encoded length of chunk `i`; `parts` says which chunks share a buffer
     (first chunk, number of chunks). The buffers travel beside this, one for each part.
     """
@@ -131,6 +136,7 @@ class RegionReport(Message):
     tokens: int
     train_loss: float
     update_norm: float
+    share: float = 1.0
     cursor: int
     chunk_bytes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...] = ()
@@ -144,7 +150,12 @@ class RegionReport(Message):
 
 
 class RoundSum(Message):
-    """The merged update of one round, in fp32; its buffers travel beside this, one for each part."""
+    """The merged update of one round; its buffers travel beside this, one for each part.
+
+    Either a total of the regions' encodings (`summed`, to be divided by `total_share`), which only the
+    regions can decode, or the weighted combination, encoded with the job's downlink codec (its `norm` is
+    then known).
+    """
 
     round: int
     attempt: int
@@ -152,8 +163,10 @@ class RoundSum(Message):
     weights: tuple[float, ...]
     chunk_bytes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...] = ()
-    norm: float
+    norm: float | None
     fold_s: float
+    summed: bool = False
+    total_share: float = 1.0
 
     @property
     def bytes_down(self) -> int:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PART_BYTES", "Bundle", "PartReader", "PartWriter"]
+__all__ = ["PART_BYTES", "BlobStore", "Bundle", "PartReader", "PartWriter"]
 
 PART_BYTES = 64 << 20
 """Longest part, unless one chunk is longer; a writer's buffer is no larger than what it has to pack."""
@@ -23,6 +23,18 @@ PART_BYTES = 64 << 20
 ALIGNMENT = 64
 
 Bytes = npt.NDArray[np.uint8]
+
+
+class BlobStore(Protocol):
+    """Where buffers are put and found."""
+
+    def put(self, buffer: Bytes) -> Any:
+        """Store a copy of `buffer`; returns its handle."""
+        ...
+
+    def get(self, handles: Sequence[Any]) -> list[Bytes]:
+        """The buffers of `handles`, read-only, in order."""
+        ...
 
 
 @dataclass(frozen=True)

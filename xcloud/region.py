@@ -50,6 +50,7 @@ from xcloud.quiet import quiet_environment
 from xcloud.training.spec import Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import call, gather
+from xcloud.update import adds_up
 
 __all__ = ["ClusterRegion", "Region"]
 
@@ -129,6 +130,9 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         inner=job.inner,
         outer=job.outer,
         codec=job.codec,
+        downlink=job.downlink,
+        job=job.name,
+        members=len(job.regions),
         tokenizer=job.tokenizer,
         data=settings.data,
         evaluate_on=settings.evaluate_on,
@@ -136,6 +140,18 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         cache_dir=job.data.cache_dir or str(Path.home() / ".cache" / "xcloud" / "data"),
         eval_sequences=job.evaluation.sequences,
     )
+
+
+def share_of(job: JobConfig, region: str) -> float:
+    """What a region multiplies its update by where encodings add up: its tokens over the most of any region.
+
+    It depends on the job and the plan alone, so that it is public and a region knows it before it encodes.
+    """
+    if not adds_up(job.codec.build()) or (
+        isinstance(job.aggregator, MeanConfig) and job.aggregator.weigh_by == "equal"
+    ):
+        return 1.0
+    return job.region(region).sequences_per_step / max(r.sequences_per_step for r in job.regions)
 
 
 class Region:
@@ -224,8 +240,9 @@ class Region:
             self._progress.clear()
             self._round = (plan.round, time.monotonic())
         calls, at, single = [], self.cursor, len(self.pools) == 1
+        share = share_of(self.job, self.name)
         for pool in self.pools:
-            calls.append(pool.ask("work", plan, at, single))
+            calls.append(pool.ask("work", plan, at, share if single else None))
             at += plan.inner_steps * pool.config.sequences_per_step
         gather([reference for references in calls for reference in references])
         worked: list[list[tuple[Trained, Offer]]] = [gather(references) for references in calls]
@@ -245,7 +262,9 @@ class Region:
         if single:
             bundle, norm_squared = bundles[0], sum(offer.norm_squared for _, offer in worked[0])
         else:
-            bundle, norm_squared = self._merge_pools(bundles, tokens)
+            mean = self._merge_pools(bundles, tokens)
+            offers: list[Offer] = gather(self.pools[0].ask("encode", plan, mean, share))
+            bundle, norm_squared = Bundle.join(o.bundle for o in offers), sum(o.norm_squared for o in offers)
         encode_s = max(offer.seconds for ranks in worked for _, offer in ranks) + time.perf_counter() - began
         losses = [
             report.loss_sum / report.steps * report.tokens if report.steps else 0.0 for report in reports
@@ -257,6 +276,7 @@ class Region:
             tokens=sum(tokens),
             train_loss=sum(losses) / sum(tokens) if sum(tokens) else math.nan,
             update_norm=math.sqrt(norm_squared),
+            share=share,
             cursor=at,
             chunk_bytes=bundle.sizes,
             parts=bundle.parts,
@@ -266,21 +286,19 @@ class Region:
         )
         return Pending(report, list(bundle.handles))
 
-    def _merge_pools(self, bundles: list[Bundle], tokens: list[int]) -> tuple[Bundle, float]:
-        """The token-weighted mean of the pools' plain updates, encoded for the wire."""
-        mean, codec = MeanConfig().build(), self.job.codec.build()
+    def _merge_pools(self, bundles: list[Bundle], tokens: list[int]) -> Bundle:
+        """The token-weighted mean of the pools' plain updates, still plain."""
+        mean = MeanConfig().build()
         total = sum(tokens)
         weights = [t / total if total else 1 / len(tokens) for t in tokens]
         readers = [PartReader(self.blobs.get, bundle) for bundle in bundles]
         lengths = [size // 4 for size in bundles[0].sizes]
         writer = PartWriter(self.blobs.put, lengths)
-        norm_squared = 0.0
         for chunk, length in enumerate(lengths):
             out = writer.slot(length)
             mean.combine([reader.read(chunk).view(np.float32) for reader in readers], weights, out)
-            norm_squared += float(np.dot(out, out))
-            writer.add(chunk, codec.encode(out))
-        return writer.finish(), norm_squared
+            writer.add(chunk, out.view(np.uint8))
+        return writer.finish()
 
     def apply(self, total: RoundSum, handles: Sequence[Handle], evaluate: bool) -> Applied:
         """Take the outer step from the merged update; the round is this region's new start.
@@ -290,7 +308,7 @@ class Region:
         """
         began = time.perf_counter()
         merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
-        self._agree([reference for pool in self.pools for reference in pool.ask("apply", merged)])
+        self._agree([reference for pool in self.pools for reference in pool.ask("apply", total, merged)])
         if self.pending is not None and self.name in total.regions:
             self.cursor = self.pending.report.cursor
         self.pending = None
@@ -345,7 +363,7 @@ class Region:
 
     def _ready(self, evaluate: bool) -> RegionReady:
         facts = gather([reference for pool in self.pools for reference in pool.ask("describe")])
-        data, fingerprint, sequences, manifest, parameters, chunks = facts[0]
+        data, fingerprint, sequences, manifest = facts[0]
         if any(other[1] != fingerprint for other in facts):
             raise DataError(
                 f"region {self.name!r}: its ranks see different data; expected equal files on its nodes"
@@ -353,10 +371,11 @@ class Region:
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
         return RegionReady(
             region=self.name,
-            manifest_digest=manifest,
+            manifest_digest=manifest.digest,
             model_digest=self.model_digest,
-            parameters=parameters,
-            chunks=chunks,
+            parameters=manifest.size,
+            chunks=manifest.chunk_count,
+            layout=tuple((chunk.length, chunk.matrices) for chunk in manifest.layout),
             data=data,
             data_fingerprint=fingerprint,
             train_sequences=sequences,

@@ -15,7 +15,7 @@ from xcloud.aggregators import MeanConfig
 from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.config import JobConfig, PoolConfig
 from xcloud.driver import train
-from xcloud.messages import RoundPlan
+from xcloud.messages import RoundPlan, RoundSum
 from xcloud.metrics import RunLog, read_rounds
 from xcloud.parts import PartReader, PartWriter
 from xcloud.training.worker import RankWorker
@@ -77,7 +77,7 @@ def play_round(workers: list[RankWorker], number: int) -> None:
     offers = []
     for worker in workers:
         worker.train(plan, (number - 1) * worker.spec.engine.micro_batch)
-        offers.append(worker.offer(encoded=True))
+        offers.append(worker.offer(plan, 1.0))
     readers = [PartReader(w.blobs.get, o.bundle) for w, o in zip(workers, offers, strict=True)]
     mean, manifest = MeanConfig().build(), workers[0].manifest
     writer = PartWriter(workers[0].blobs.put, [manifest.chunk_length(c) for c in range(manifest.chunk_count)])
@@ -87,7 +87,16 @@ def play_round(workers: list[RankWorker], number: int) -> None:
         mean.combine(values, [1 / len(workers)] * len(workers), out)
         writer.add(chunk, out.view(np.uint8))
     merged = writer.finish()
-    digests = [worker.apply(merged) for worker in workers]
+    total = RoundSum(
+        round=number,
+        attempt=1,
+        regions=tuple(worker.spec.region for worker in workers),
+        weights=(1 / len(workers),) * len(workers),
+        chunk_bytes=merged.sizes,
+        norm=None,
+        fold_s=0.0,
+    )
+    digests = [worker.apply(total, merged) for worker in workers]
     assert all(d == digests[0] for d in digests)
 
 

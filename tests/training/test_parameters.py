@@ -80,7 +80,7 @@ def test_an_update_that_is_not_finite_is_refused_by_name(tmp_path: Path, bad: fl
     value[7] = bad
     worker.parameters.write(name, value)
     with pytest.raises(NonFiniteUpdateError, match=rf"region 'a': the update of parameter '{name}' holds"):
-        worker.offer(encoded=True)
+        worker.offer(PLAN, 1.0)
 
 
 def test_low_precision_starts_from_the_fp32_model(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_low_precision_starts_from_the_fp32_model(tmp_path: Path) -> None:
     for stage, precision in LAYOUTS:
         pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
         worker = start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool)])))
-        offer = worker.offer(encoded=True)
+        offer = worker.offer(PLAN, 1.0)
         assert offer.norm_squared == 0.0
         reader = PartReader(worker.blobs.get, offer.bundle)
         chunks = range(worker.manifest.chunk_count)

@@ -32,6 +32,9 @@ class WorkerSpec:
     inner: InnerConfig
     outer: OuterConfig
     codec: CodecConfig
+    downlink: CodecConfig
+    job: str
+    members: int
     tokenizer: TokenizerConfig
     data: tuple[SourceConfig, ...]
     evaluate_on: tuple[SourceConfig, ...] | None

@@ -3,7 +3,8 @@
 A round, seen from here:
 
 1. `train`: H inner steps on this rank's share of the region's data.
-2. `offer`: for its own chunks, delta = anchor - local, checked, encoded and stored.
+2. `offer`: for its own chunks, delta = anchor - local, checked, encoded (`xcloud.update`) and stored;
+   in a region of several pools plain first, then the pools' mean encoded by the first pool's ranks (`encode`).
 3. `apply`: the outer step on its own anchor chunks from the merged update; then every
    rank of the pool loads the new anchor into its engine. Digests of the chunks show that
    all regions hold the same model.
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,27 +33,20 @@ from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
 from xcloud.errors import CheckpointError, NonFiniteUpdateError
 from xcloud.manifest import Manifest
-from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan
-from xcloud.parts import Bundle, PartReader, PartWriter
+from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan, RoundSum
+from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
 from xcloud.training.models import build_model, trainable
 from xcloud.training.parameters import open_parameters
 from xcloud.training.spec import Offer, Trained, WorkerSpec
+from xcloud.update import Framing, UpdatePath
 
-__all__ = ["BlobStore", "RankWorker"]
+__all__ = ["RankWorker"]
 
 Array = npt.NDArray[np.float32]
 
 BLOCK = 1 << 16
 PROGRESS_EVERY_S = 1.0
-
-
-class BlobStore(Protocol):
-    """Where encoded chunks are put and merged chunks are found."""
-
-    def put(self, buffer: npt.NDArray[np.uint8]) -> Any: ...
-
-    def get(self, handles: Sequence[Any]) -> list[npt.NDArray[np.uint8]]: ...
 
 
 class RankWorker:
@@ -81,7 +75,12 @@ class RankWorker:
         named = trainable(model)
         self.manifest = Manifest.of(((n, tuple(p.shape)) for n, p in named.items()), spec.chunk_size)
         self.owned = self.manifest.owned(spec.rank, spec.world)
-        self.codec = spec.codec.build()
+        typical = (
+            0.5 * spec.inner.optimizer.lr * max(1, spec.inner.steps) ** 0.5
+        )  # Adam's steps are about lr long
+        framing = Framing(spec.job, spec.seed, spec.members, spec.region, typical)
+        codecs = spec.codec.build(), spec.downlink.build()
+        self.path = UpdatePath(*codecs, framing, self.manifest.layout, self.owned)
         self.writer = PartWriter(self.blobs.put, [self.manifest.chunk_length(c) for c in self.owned])
         self.outer = spec.outer.build()
         self.anchor = self._empty_owned()
@@ -104,14 +103,13 @@ class RankWorker:
             owned_chunks=len(self.owned),
         )
 
-    def describe(self) -> tuple[str, str, int, str, int, int]:
-        """Data in words and its fingerprint, training sequences, manifest digest, parameters, chunks."""
-        m, data = self.manifest, self.store
-        return data.describe(), data.fingerprint, len(data.train), m.digest, m.size, m.chunk_count
+    def describe(self) -> tuple[str, str, int, Manifest]:
+        """Data in words and its fingerprint, training sequences, manifest."""
+        return self.store.describe(), self.store.fingerprint, len(self.store.train), self.manifest
 
-    def work(self, plan: RoundPlan, start: int, encoded: bool) -> tuple[Trained, Offer]:
+    def work(self, plan: RoundPlan, start: int, share: float | None) -> tuple[Trained, Offer]:
         """A whole local round: `train`, then `offer`."""
-        return self.train(plan, start), self.offer(encoded)
+        return self.train(plan, start), self.offer(plan, share)
 
     def train(self, plan: RoundPlan, start: int) -> Trained:
         """Run the round's inner steps.
@@ -152,11 +150,13 @@ class RankWorker:
             seconds=time.perf_counter() - began,
         )
 
-    def offer(self, encoded: bool) -> Offer:
+    def offer(self, plan: RoundPlan, share: float | None) -> Offer:
         """This rank's own chunks of anchor - local.
 
         Args:
-            encoded: run the job's codec; otherwise plain fp32, for merging pools inside the region.
+            plan: of the round.
+            share: of the weight, for `UpdatePath.encode`; None leaves the update in fp32, for merging pools
+                inside the region.
 
         Raises:
             NonFiniteUpdateError: names the parameter that holds NaN or Inf.
@@ -182,14 +182,30 @@ class RankWorker:
                     )
                     norm_squared += self._checked_norm_squared(values, spec.name)
                 if seg.chunk_start + seg.length == delta.size:
-                    self.writer.add(seg.chunk, self.codec.encode(delta) if encoded else delta.view(np.uint8))
+                    self.writer.add(
+                        seg.chunk,
+                        delta.view(np.uint8)
+                        if share is None
+                        else self.path.encode(plan.round, seg.chunk, delta, share),
+                    )
         return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began)
 
-    def apply(self, merged: Bundle) -> dict[int, str]:
+    def encode(self, plan: RoundPlan, merged: Bundle, share: float) -> Offer:
+        """Encode this rank's own chunks of the mean of the region's pools (fp32)."""
+        began, norm_squared, reader = time.perf_counter(), 0.0, PartReader(self.blobs.get, merged)
+        for chunk in self.owned:
+            delta = self.writer.slot(self.manifest.chunk_length(chunk))
+            delta[:] = reader.read(chunk).view(np.float32)
+            norm_squared += float(np.dot(delta, delta))
+            self.writer.add(chunk, self.path.encode(plan.round, chunk, delta, share))
+        return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began)
+
+    def apply(self, total: RoundSum, merged: Bundle) -> dict[int, str]:
         """The outer step on this rank's chunks, then the new anchor into every engine of the pool.
 
         Args:
-            merged: the merged update in fp32, all chunks; those of other ranks are not fetched.
+            total: header of the merged update.
+            merged: all its chunks; those of other ranks are not fetched.
 
         Returns:
             Digest of each owned anchor chunk.
@@ -197,12 +213,14 @@ class RankWorker:
         reader = PartReader(self.blobs.get, merged)
         digests: dict[int, str] = {}
         alone, hasher = self.spec.world == 1, xxhash.xxh3_128()
+        gradient = self.anchor[:0]
         for index, spec in enumerate(self.manifest.parameters):  # elementwise, so any cut gives the same bits
             for seg in self.manifest.segments[index]:
                 if seg.chunk not in self.owned:
                     continue
                 anchor = self._chunk(self.anchor, seg.chunk)
-                gradient = reader.read(seg.chunk).view(np.float32)
+                if seg.chunk_start == 0:
+                    gradient = self.path.decode(seg.chunk, reader.read(seg.chunk), total)
                 slots = {slot: self._chunk(values, seg.chunk) for slot, values in self.outer_state.items()}
                 for start, stop in _blocks(seg.length):
                     at = slice(seg.chunk_start + start, seg.chunk_start + stop)
@@ -218,6 +236,7 @@ class RankWorker:
                 self.parameters.write(spec.name, torch.from_numpy(own))
         if not alone:
             self._spread(self.anchor, self.parameters.write)
+        self.path.settle(self.spec.region in total.regions)
         return digests
 
     def digests(self) -> dict[int, str]:
@@ -255,17 +274,21 @@ class RankWorker:
         store = CheckpointStore(url)
         written: list[CheckpointFile] = []
         if donor:
-            flats = {"anchor": self.anchor, **self.outer_state}
-            written += store.write_tensors(round, "model/", self.owned, self._by_chunk(flats), {})
+            model = self._by_chunk({"anchor": self.anchor, **self.outer_state})
+            if self.path.scales:
+                model["scale"] = self.path.scales
+            written += store.write_tensors(round, "model/", self.owned, model, {})
         keys, scalars = self._inner_layout()
         inner = {}
         for key in keys:
             inner[key] = self._empty_owned()
             self._gather(partial(self.parameters.read, key=key), inner[key])
         scalars["loss_scale"] = self._loss_scale()
-        if keys or scalars["loss_scale"]:
-            prefix = self._inner_prefix()
-            written += store.write_tensors(round, prefix, self.owned, self._by_chunk(inner), scalars)
+        tensors = self._by_chunk(inner)
+        if self.path.residual:
+            tensors["residual"] = self.path.residual
+        if tensors or scalars["loss_scale"]:
+            written += store.write_tensors(round, self._inner_prefix(), self.owned, tensors, scalars)
         return written
 
     def restore(self, url: str, order: RestoreOrder) -> None:
@@ -276,6 +299,7 @@ class RankWorker:
         """
         store = CheckpointStore(url)
         model, _ = store.read_tensors(order.round, chunk_files(order.files, "model/"), self.owned)
+        self.path.scales = model.pop("scale", {})
         if self.owned and set(model) != {"anchor", *self.outer_state}:
             raise CheckpointError(
                 f"{store.folder(order.round)}: holds outer state {sorted(set(model) - {'anchor'})}, "
@@ -286,6 +310,7 @@ class RankWorker:
         self._spread(self.anchor, self.parameters.write)
         files = chunk_files(order.files, self._inner_prefix())
         inner, scalars = store.read_tensors(order.round, files, self.owned)
+        self.path.restore(inner.pop("residual", {}))
         names = sorted(inner)
         if self.spec.world > 1:  # a rank that owns no chunk learns the layout from the others
             layouts: list[Any] = [None] * self.spec.world

@@ -1,0 +1,36 @@
+"""Codecs: how one chunk of an update becomes bytes on the wire. One file for each algorithm."""
+
+from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame
+from xcloud.codecs.block import Block, BlockConfig
+from xcloud.codecs.e3m0 import E3M0, E3M0Config
+from xcloud.codecs.fixed import Fixed, FixedConfig
+from xcloud.codecs.plain import BFloat16, BFloat16Config, Identity, IdentityConfig
+from xcloud.codecs.sign import Sign, SignConfig
+from xcloud.codecs.sparse import RandomK, RandomKConfig, Sparse, SparseConfig, TopK, TopKConfig
+
+__all__ = [
+    "CODECS",
+    "E3M0",
+    "Array",
+    "BFloat16",
+    "BFloat16Config",
+    "Block",
+    "BlockConfig",
+    "Bytes",
+    "Codec",
+    "CodecConfig",
+    "E3M0Config",
+    "Fixed",
+    "FixedConfig",
+    "Frame",
+    "Identity",
+    "IdentityConfig",
+    "RandomK",
+    "RandomKConfig",
+    "Sign",
+    "SignConfig",
+    "Sparse",
+    "SparseConfig",
+    "TopK",
+    "TopKConfig",
+]

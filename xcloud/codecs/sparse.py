@@ -1,0 +1,375 @@
+"""Sparse codecs: a few coordinates of each block of 4096 values.
+
+`topk` is SparseLoCo's way up (arXiv 2508.15706): in each block the `k` largest magnitudes, indices in 12
+bits, values in 2 (a sign, and which of two bins; a bin decodes to its mean); what is left out
+stays in the residual. Blocks are runs of the flat chunk, for matrices too (the paper cuts those into 64 x 64 tiles).
+`sparse` is its way down: the mean of several such updates, coordinates exact and values in 8 bits.
+`random_k` sends the same coordinates from every region, drawn with a shared seed, so its encodings add.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from xcloud.codecs._kernels import constant, jit
+from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame, Opened, expect_bytes
+from xcloud.codecs.fixed import FixedConfig
+from xcloud.codecs.plain import Identity
+
+__all__ = ["RandomK", "RandomKConfig", "Sparse", "SparseConfig", "TopK", "TopKConfig"]
+
+BLOCK = 4096
+BITMAP_FROM = 342
+"""So many coordinates of a block are said shorter by a bitmap (512 bytes) than by 12-bit indices."""
+
+
+@jit
+def _kept(count: int, k: int) -> int:
+    """Coordinates kept of a block of `count` values: `k` of 4096, at least 1."""
+    return max(1, (k * count + 4095) // 4096)
+
+
+@jit
+def _threshold(bits: Any, count: int, k: int, histogram: Any) -> Any:
+    """The k-th largest of `bits[:count]`, and how many are larger: a radix selection in three passes."""
+    prefix, wanted = np.uint32(0), k
+    shifts = (np.uint32(20), np.uint32(9), np.uint32(0))
+    sizes = (2048, 2048, 512)
+    for level in range(3):
+        shift, size = shifts[level], sizes[level]
+        histogram[:size] = 0
+        above = np.uint32(shift + (np.uint32(11) if level < 2 else np.uint32(9)))
+        for i in range(count):
+            if level == 0 or (bits[i] >> above) == prefix:
+                histogram[(bits[i] >> shift) & np.uint32(size - 1)] += 1
+        digit = size - 1
+        while histogram[digit] < wanted:
+            wanted -= histogram[digit]
+            digit -= 1
+        prefix = np.uint32((prefix << (np.uint32(11) if level < 2 else np.uint32(9))) | np.uint32(digit))
+    return prefix, k - wanted
+
+
+@jit
+def _bfloat16(x: Any, one: Any) -> Any:
+    """Rounded to nearest, ties to even, as 16 bits."""
+    one[0] = x
+    pattern = one.view(np.uint32)[0]
+    return np.uint16(
+        (pattern + np.uint32(0x7FFF) + ((pattern >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    )
+
+
+@jit
+def _from_bfloat16(low: Any, high: Any, one: Any) -> Any:
+    one.view(np.uint32)[0] = (np.uint32(low) | (np.uint32(high) << np.uint32(8))) << np.uint32(16)
+    return one[0]
+
+
+@jit
+def _put12(out: Any, start: int, position: int, value: int) -> None:
+    """Write the 12-bit integer number `position` of a run that starts at byte `start` and is zero."""
+    at = start + position // 2 * 3
+    if position % 2 == 0:
+        out[at] = np.uint8(value & 255)
+        out[at + 1] |= np.uint8(value >> 8)
+    else:
+        out[at + 1] |= np.uint8((value & 15) << 4)
+        out[at + 2] = np.uint8(value >> 4)
+
+
+@jit
+def _get12(data: Any, start: int, position: int) -> Any:
+    at = start + position // 2 * 3
+    if position % 2 == 0:
+        return np.int64(data[at]) | ((np.int64(data[at + 1]) & 15) << 8)
+    return (np.int64(data[at + 1]) >> 4) | (np.int64(data[at + 2]) << 4)
+
+
+@jit
+def _encode_topk(values: Any, patterns: Any, k: int, out: Any) -> None:
+    bits, histogram = np.empty(4096, np.uint32), np.empty(2048, np.int64)
+    chosen, one = np.empty(4096, np.int64), np.empty(1, np.float32)
+    at = 0
+    for start in range(0, values.size, 4096):
+        count = min(4096, values.size - start)
+        kept = _kept(count, k)
+        for i in range(count):
+            bits[i] = patterns[start + i] & np.uint32(0x7FFFFFFF)
+        least, larger = _threshold(bits, count, kept, histogram)
+        ties, held, total = kept - larger, 0, 0.0
+        for i in range(count):
+            if bits[i] > least or (bits[i] == least and ties > 0):
+                if bits[i] == least:
+                    ties -= 1
+                chosen[held] = i
+                held += 1
+                total += np.float64(abs(values[start + i]))
+        middle = np.float32(total / kept)
+        low_sum, low_count, high_sum, high_count = 0.0, 0, 0.0, 0
+        indices = at + 4
+        codes = indices + (12 * kept + 7) // 8
+        for position in range(kept):
+            value = values[start + chosen[position]]
+            size = abs(value)
+            code = np.uint8(value < np.float32(0.0))
+            if size > middle:
+                code |= np.uint8(2)
+                high_sum += np.float64(size)
+                high_count += 1
+            else:
+                low_sum += np.float64(size)
+                low_count += 1
+            _put12(out, indices, position, chosen[position])
+            out[codes + position // 4] |= np.uint8(code << np.uint8(2 * (position % 4)))
+        low = _bfloat16(np.float32(low_sum / max(1, low_count)), one)
+        high = _bfloat16(np.float32(high_sum / max(1, high_count)), one)
+        out[at], out[at + 1] = np.uint8(low & np.uint16(255)), np.uint8(low >> np.uint16(8))
+        out[at + 2], out[at + 3] = np.uint8(high & np.uint16(255)), np.uint8(high >> np.uint16(8))
+        at = codes + (2 * kept + 7) // 8
+
+
+@jit
+def _decode_topk(data: Any, k: int, out: Any) -> int:
+    """-1, or the block in which an index makes no sense."""
+    one = np.empty(1, np.float32)
+    at = 0
+    for start in range(0, out.size, 4096):
+        count = min(4096, out.size - start)
+        kept = _kept(count, k)
+        low, high = (
+            _from_bfloat16(data[at], data[at + 1], one),
+            _from_bfloat16(data[at + 2], data[at + 3], one),
+        )
+        indices = at + 4
+        codes = indices + (12 * kept + 7) // 8
+        before = -1
+        for position in range(kept):
+            index = _get12(data, indices, position)
+            if index <= before or index >= count:
+                return start // 4096
+            before = index
+            code = (data[codes + position // 4] >> np.uint8(2 * (position % 4))) & np.uint8(3)
+            size = high if code & np.uint8(2) else low
+            out[start + index] = -size if code & np.uint8(1) else size
+        at = codes + (2 * kept + 7) // 8
+    return -1
+
+
+class TopK(Opened):
+    """The largest coordinates of each block."""
+
+    def __init__(self, k: int, feedback: float) -> None:
+        self.k, self.feedback = k, feedback
+
+    def encode(self, values: Array, frame: Frame) -> Bytes:
+        del frame
+        out = np.zeros(self._bytes(values.size), np.uint8)
+        _encode_topk(constant(values), constant(values.view(np.uint32)), self.k, out)
+        return out
+
+    def decode(self, data: Bytes, length: int, frame: Frame) -> Array:
+        del frame
+        expect_bytes(data, self._bytes(length), length, f"top {self.k} of each {BLOCK}")
+        out = np.zeros(length, np.float32)
+        bad = _decode_topk(constant(data), self.k, out)
+        if bad >= 0:
+            raise ValueError(f"block {bad} holds indices that are not in order or outside of it")
+        return out
+
+    def _bytes(self, length: int) -> int:
+        whole, rest = divmod(length, BLOCK)
+        return whole * _block_bytes(BLOCK, self.k) + (_block_bytes(rest, self.k) if rest else 0)
+
+
+def _block_bytes(count: int, k: int) -> int:
+    kept = max(1, -(-k * count // BLOCK))
+    return 4 + (12 * kept + 7) // 8 + (2 * kept + 7) // 8
+
+
+@jit
+def _sparse_bytes(values: Any) -> Any:
+    size = 0
+    for start in range(0, values.size, 4096):
+        held = 0
+        for i in range(start, min(start + 4096, values.size)):
+            held += values[i] != np.float32(0.0)
+        size += 2 if held == 0 else 4 + held + ((held * 3 + 1) // 2 if held < BITMAP_FROM else 512)
+    return size
+
+
+@jit
+def _encode_sparse(values: Any, out: Any) -> None:
+    one = np.empty(1, np.float32)
+    at: Any = 0
+    for start in range(0, values.size, 4096):
+        count = min(4096, values.size - start)
+        held, top = 0, np.float32(0.0)
+        for i in range(start, start + count):
+            held += values[i] != np.float32(0.0)
+            top = max(top, abs(values[i]))
+        out[at], out[at + 1] = np.uint8(held & 255), np.uint8(held >> 8)
+        if held == 0:
+            at += 2
+            continue
+        scale = _bfloat16(top, one)
+        out[at + 2], out[at + 3] = np.uint8(scale & np.uint16(255)), np.uint8(scale >> np.uint16(8))
+        top = _from_bfloat16(out[at + 2], out[at + 3], one)
+        factor = np.float32(127.0) / top if top > np.float32(0.0) else np.float32(0.0)
+        places = at + 4
+        body = places + ((held * 3 + 1) // 2 if held < BITMAP_FROM else 512)
+        position = 0
+        for i in range(count):
+            value = values[start + i]
+            if value == np.float32(0.0):
+                continue
+            if held < BITMAP_FROM:
+                _put12(out, places, position, i)
+            else:
+                out[places + i // 8] |= np.uint8(1 << (i % 8))
+            level = np.rint(value * factor)
+            out[body + position] = np.uint8(np.int8(min(max(level, np.float32(-127.0)), np.float32(127.0))))
+            position += 1
+        at = body + held
+
+
+@jit
+def _decode_sparse(data: Any, out: Any) -> Any:
+    """Bytes read, or -1 for what makes no sense."""
+    one = np.empty(1, np.float32)
+    at: Any = 0
+    for start in range(0, out.size, 4096):
+        count = min(4096, out.size - start)
+        if at + 2 > data.size:
+            return -1
+        held = np.int64(data[at]) | (np.int64(data[at + 1]) << 8)
+        if held == 0:
+            at += 2
+            continue
+        if held > count:
+            return -1
+        places = at + 4
+        body = places + ((held * 3 + 1) // 2 if held < BITMAP_FROM else 512)
+        if body + held > data.size:
+            return -1
+        step = _from_bfloat16(data[at + 2], data[at + 3], one) / np.float32(127.0)
+        if held < BITMAP_FROM:
+            before = -1
+            for position in range(held):
+                index = _get12(data, places, position)
+                if index <= before or index >= count:
+                    return -1
+                before = index
+                out[start + index] = np.float32(np.int8(data[body + position])) * step
+        else:
+            position = 0
+            for i in range(4096):
+                if data[places + i // 8] & np.uint8(1 << (i % 8)):
+                    if i >= count or position >= held:
+                        return -1
+                    out[start + i] = np.float32(np.int8(data[body + position])) * step
+                    position += 1
+            if position != held:
+                return -1
+        at = body + held
+    return at
+
+
+class Sparse(Opened):
+    """The coordinates that are not zero, with 8-bit values."""
+
+    def encode(self, values: Array, frame: Frame) -> Bytes:
+        del frame
+        out = np.zeros(_sparse_bytes(constant(values)), np.uint8)
+        _encode_sparse(constant(values), out)
+        return out
+
+    def decode(self, data: Bytes, length: int, frame: Frame) -> Array:
+        del frame
+        out = np.zeros(length, np.float32)
+        if _decode_sparse(constant(data), out) != data.size:
+            raise ValueError(f"{data.nbytes} bytes are not the sparse encoding of {length} values")
+        return out
+
+
+class RandomK:
+    """Coordinates that a shared seed draws anew for every sync."""
+
+    linear = True
+
+    def __init__(self, fraction: float, values: Codec, feedback: float) -> None:
+        self.fraction, self.values, self.feedback = fraction, values, feedback
+
+    def encode(self, values: Array, frame: Frame) -> Bytes:
+        return self.values.encode(values[self._drawn(values.size, frame)], frame)
+
+    def decode(self, data: Bytes, length: int, frame: Frame) -> Array:
+        drawn = self._drawn(length, frame)
+        out = np.zeros(length, np.float32)
+        out[drawn] = self.values.decode(data, drawn.size, frame)
+        if not self.feedback and drawn.size:
+            out *= np.float32(length / drawn.size)  # unbiased; with feedback the rest is sent later
+        return out
+
+    def add(self, total: Bytes, other: Bytes, frame: Frame) -> None:
+        self.values.add(total, other, frame)
+
+    def next_scale(self, merged: Array, frame: Frame) -> Array | None:
+        return self.values.next_scale(merged[self._drawn(merged.size, frame)], frame)
+
+    def _drawn(self, length: int, frame: Frame) -> npt.NDArray[np.int64]:
+        """The coordinates, in order: a function of the shared seed alone."""
+        count = min(length, max(1, round(length * self.fraction)))
+        numbers = np.random.Generator(np.random.Philox(key=frame.shared))
+        return np.sort(numbers.choice(length, count, replace=False, shuffle=False))
+
+
+@CODECS.register
+class TopKConfig(CodecConfig):
+    """`topk`: for thin links; use `sparse` as the downlink.
+
+    Attributes:
+        k: coordinates kept of each 4096.
+        feedback: decay of the residual.
+    """
+
+    type: Literal["topk"] = "topk"
+    k: Annotated[int, Field(ge=1, le=BLOCK)] = 64
+    feedback: Annotated[float, Field(ge=0, le=1)] = 0.95
+
+    def build(self) -> Codec:
+        return TopK(self.k, self.feedback)
+
+
+@CODECS.register
+class SparseConfig(CodecConfig):
+    """`sparse`: for the way down, when the ways up are sparse."""
+
+    type: Literal["sparse"] = "sparse"
+
+    def build(self) -> Codec:
+        return Sparse()
+
+
+@CODECS.register
+class RandomKConfig(CodecConfig):
+    """`random_k`: a random share of the coordinates, the same from all regions, so that encodings add.
+
+    Attributes:
+        fraction: of the coordinates that is sent.
+        bits: send them as `fixed` integers; null: as fp32.
+        feedback: share of what was not sent that the next update makes up for; 0: scale up instead.
+    """
+
+    type: Literal["random_k"] = "random_k"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    bits: Literal[8, 4, 2] | None = None
+    feedback: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    def build(self) -> Codec:
+        values = Identity() if self.bits is None else FixedConfig(bits=self.bits).build()
+        return RandomK(self.fraction, values, self.feedback)

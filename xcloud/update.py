@@ -1,0 +1,146 @@
+"""The update path of one rank: from its share of a pseudo-gradient to bytes, and from merged bytes back.
+
+Up:   delta (+ feedback x residual) -> x share -> encode;  residual <- what the encoding lost.
+Down: decode (/ total share) -> pseudo-gradient of the outer step;  public scale <- its size.
+
+Two ways to merge. Codecs whose encodings add (`adds_up`) are summed as they are and the
+*total* comes back down: the aggregator never opens one, and each region has multiplied its
+update by its own share of the weight. All others are opened by the aggregator, which combines
+them by any weights and encodes the result for the way down.
+
+A rank keeps, for the chunks it owns: the residual (error feedback, arXiv 1901.09847), which is
+private and counts only once its round is merged, and the codec's public scale. Nothing here
+knows of torch, DeepSpeed or Ray.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+
+from xcloud.codecs import Array, Bytes, Codec, Frame, Identity
+from xcloud.errors import AggregationError
+from xcloud.manifest import ChunkLayout
+from xcloud.messages import RoundSum
+
+__all__ = ["Framing", "UpdatePath", "adds_up"]
+
+
+def adds_up(codec: Codec) -> bool:
+    """Whether the aggregator adds encodings instead of opening them.
+
+    Identity could, and is opened all the same: its sum is exact either way, and a mean that the
+    aggregator takes saves every region two passes over its update.
+    """
+    return codec.linear and not isinstance(codec, Identity)
+
+
+class Framing:
+    """Makes the frames of a run's chunks, alike in all regions and in the aggregator.
+
+    Args:
+        job: name of the job; `seed`: of the job.
+        members: regions in the job.
+        region: whose private seeds these are; the aggregator has its own.
+        typical: see `Frame.typical`.
+    """
+
+    def __init__(self, job: str, seed: int, members: int, region: str, typical: float = 1e-3) -> None:
+        self.job, self.seed, self.members, self.region, self.typical = job, seed, members, region, typical
+
+    def frame(self, round: int, chunk: int, layout: ChunkLayout, scale: Array | None = None) -> Frame:
+        """The frame of one chunk in one round; a retry gets the same."""
+        at = (self.job, self.seed, round, chunk)
+        return Frame(
+            shared=_hash("shared", *at),
+            private=_hash("private", self.region, *at),
+            members=self.members,
+            matrices=layout.matrices,
+            scale=scale,
+            typical=self.typical,
+        )
+
+
+class UpdatePath:
+    """Encodes and decodes a rank's own chunks, and keeps what has to survive a round.
+
+    Args:
+        codec: the way up.
+        downlink: the way down, where the aggregator encodes anew.
+        framing: of this region.
+        layout: of all chunks.
+        owned: chunk ids of this rank.
+    """
+
+    def __init__(
+        self, codec: Codec, downlink: Codec, framing: Framing, layout: tuple[ChunkLayout, ...], owned: range
+    ) -> None:
+        self.codec, self.downlink, self.framing = codec, downlink, framing
+        self.layout, self.owned = layout, owned
+        self.scales: dict[int, Array] = {}
+        self.residual: dict[int, Array] = {}
+        self._fresh: dict[int, Array] = {}
+        if codec.feedback:
+            self.residual = {c: np.zeros(layout[c].length, np.float32) for c in owned}
+
+    def encode(self, round: int, chunk: int, delta: Array, share: float) -> Bytes:
+        """One chunk's bytes for the wire; `delta` (fp32) is used up.
+
+        Args:
+            share: of the largest weight, in [0, 1]; only where encodings add up.
+        """
+        frame = self._frame(round, chunk)
+        if self.codec.feedback:
+            delta += np.float32(self.codec.feedback) * self.residual[chunk]
+        factor = np.float32(share if adds_up(self.codec) else 1.0)
+        if factor != 1:
+            delta *= factor
+        encoded = self.codec.encode(delta, frame)
+        if self.codec.feedback:
+            lost = self._fresh.get(chunk)
+            if lost is None:
+                lost = self._fresh[chunk] = np.empty_like(delta)
+            np.subtract(delta, self.codec.decode(encoded, delta.size, frame), out=lost)
+            if factor > 0:
+                lost /= factor
+        return encoded
+
+    def decode(self, chunk: int, data: Bytes, total: RoundSum) -> Array:
+        """One chunk of the merged update (fp32, the weighted mean), from what the aggregator sent.
+
+        Raises:
+            ValueError: the bytes cannot be this chunk's.
+            AggregationError: the sum holds NaN or Inf.
+        """
+        length = self.layout[chunk].length
+        frame = self._frame(total.round, chunk)
+        if not total.summed:
+            return self.downlink.decode(data, length, frame)
+        merged = self.codec.decode(data, length, frame) * np.float32(1 / total.total_share)
+        if not np.isfinite(np.dot(merged, merged)):
+            raise AggregationError(f"round {total.round}: the merged update is not finite in chunk {chunk}")
+        scale = self.codec.next_scale(merged, frame)
+        if scale is not None:
+            self.scales[chunk] = scale
+        return merged
+
+    def settle(self, merged: bool) -> None:
+        """The round is over: what its encodings lost counts from now on, if they were merged."""
+        if merged:
+            self.residual, self._fresh = (
+                {**self.residual, **self._fresh},
+                self.residual if self._fresh else {},
+            )
+
+    def restore(self, residual: dict[int, Array]) -> None:
+        """Take up the residual of a checkpoint; what it does not hold is zero."""
+        for chunk, values in self.residual.items():
+            values[:] = residual.get(chunk, 0.0)
+
+    def _frame(self, round: int, chunk: int) -> Frame:
+        return self.framing.frame(round, chunk, self.layout[chunk], self.scales.get(chunk))
+
+
+def _hash(*parts: object) -> int:
+    """A 64-bit seed from anything with a stable repr."""
+    return xxhash.xxh3_64_intdigest(repr(parts).encode())
