@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
+from xcloud.aggregators import Gram
 from xcloud.codecs import Array, Bytes, Frame
 from xcloud.config import JobConfig, dump_job, parse_job
 from xcloud.errors import AggregationError, RegionError
@@ -90,7 +91,8 @@ class Aggregation:
                     f"sent {len(report.chunk_bytes)} chunks in {len(handles)} buffers, "
                     f"expected {len(layout)} in {len(report.parts)}",
                 )
-        weights = self.aggregator.weights(reports)
+        gram = self._gram(plan.round, layout, reports, updates) if self.aggregator.needs_gram else None
+        weights = self.aggregator.weights(reports, gram)
         total_share = math.fsum(report.share for report in reports)
         if self.summed and not total_share > 0:
             raise AggregationError(f"round {plan.round}: the regions' shares sum to {total_share}")
@@ -117,6 +119,27 @@ class Aggregation:
             fold_s=time.perf_counter() - began,
         )
         return summary, list(merged.handles)
+
+    def _gram(
+        self,
+        round: int,
+        layout: Sequence[ChunkLayout],
+        reports: Sequence[RegionReport],
+        updates: Sequence[Sequence[Handle]],
+    ) -> Gram:
+        """Inner products of the whole updates, chunk by chunk."""
+        readers = [self._reader(report, handles) for report, handles in zip(reports, updates, strict=True)]
+        gram = np.zeros((len(reports), len(reports)))
+        for chunk, shape in enumerate(layout):
+            frame = self.framing.frame(round, chunk, shape)
+            values = [
+                self._opened(report.region, reader, chunk, shape.length, frame)
+                for report, reader in zip(reports, readers, strict=True)
+            ]
+            for i, one in enumerate(values):
+                for j in range(i + 1):
+                    gram[i, j] += float(np.dot(one, values[j]))
+        return np.tril(gram) + np.tril(gram, -1).T
 
     def _fold(
         self,

@@ -117,3 +117,72 @@ class NesterovConfig(OuterConfig):
 
     def build(self) -> OuterOptimizer:
         return Nesterov(self.lr, self.momentum)
+
+
+class Adaptive:
+    """Adam and Yogi on the server (FedOpt, arXiv 2003.00295, algorithm 2): no bias correction, `tau` below the root."""
+
+    slots: tuple[str, ...] = ("m", "v")
+
+    def __init__(self, lr: float, betas: tuple[float, float], tau: float, yogi: bool) -> None:
+        self.lr, self.tau = np.float32(lr), np.float32(tau)
+        self.beta1, self.beta2 = (np.float32(beta) for beta in betas)
+        self.yogi = yogi
+        self._work, self._more = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array]) -> None:
+        one = np.float32(1.0)
+        for start in range(0, anchor.size, BLOCK):
+            block = slice(start, start + BLOCK)
+            theta, g, m, v = anchor[block], gradient[block], state["m"][block], state["v"][block]
+            work, more = self._work[: theta.size], self._more[: theta.size]
+            np.multiply(m, self.beta1, out=m)
+            np.multiply(g, one - self.beta1, out=work)
+            np.add(m, work, out=m)
+            np.multiply(g, g, out=work)
+            if self.yogi:  # v -= (1 - beta2) g^2 sign(v - g^2)
+                np.subtract(v, work, out=more)
+                np.sign(more, out=more)
+                np.multiply(work, more, out=work)
+                np.multiply(work, one - self.beta2, out=work)
+                np.subtract(v, work, out=v)
+            else:
+                np.multiply(v, self.beta2, out=v)
+                np.multiply(work, one - self.beta2, out=work)
+                np.add(v, work, out=v)
+            np.sqrt(v, out=work)
+            np.add(work, self.tau, out=work)
+            np.divide(m, work, out=work)
+            np.multiply(work, self.lr, out=work)
+            np.subtract(theta, work, out=theta)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _AdaptiveConfig(OuterConfig):
+    """Settings that Adam and Yogi share; the pseudo-gradient is large beside a gradient, so `tau` is too."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-2
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+
+
+@OUTER_OPTIMIZERS.register
+class AdamConfig(_AdaptiveConfig):
+    """`adam`: FedAdam."""
+
+    type: Literal["adam"] = "adam"
+
+    def build(self) -> OuterOptimizer:
+        return Adaptive(self.lr, self.betas, self.tau, yogi=False)
+
+
+@OUTER_OPTIMIZERS.register
+class YogiConfig(_AdaptiveConfig):
+    """`yogi`: FedYogi, whose second moment grows and shrinks by steps of the gradient's size."""
+
+    type: Literal["yogi"] = "yogi"
+
+    def build(self) -> OuterOptimizer:
+        return Adaptive(self.lr, self.betas, self.tau, yogi=True)

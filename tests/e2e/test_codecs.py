@@ -44,7 +44,8 @@ def test_codecs_that_add_resume_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_sparse_both_ways(tmp_path: Path) -> None:
-    raw = job(tmp_path, codec="topk", downlink="sparse", rounds=2)
+    """SparseLoCo's way, with an aggregator that takes the updates' inner products first."""
+    raw = job(tmp_path, codec="topk", downlink="sparse", aggregator="norm_bound", rounds=2)
     play(raw, tmp_path / "run")
     size = 4 * parameters(tmp_path / "run")
     for round_row in read_rounds(tmp_path / "run"):
