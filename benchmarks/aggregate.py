@@ -17,10 +17,11 @@ import ray
 
 from benchmarks.harness import Options, Result
 from benchmarks.memory import MemorySampler
+from benchmarks.round_overhead import report
 from xcloud.aggregation import ClusterAggregation
 from xcloud.config import JobConfig, parse_job
 from xcloud.manifest import ChunkLayout
-from xcloud.messages import RegionReport, RoundPlan
+from xcloud.messages import RoundPlan
 from xcloud.parts import Bundle, PartWriter
 from xcloud.quiet import apply_quiet
 from xcloud.transport.blobs import RayBlobs
@@ -150,21 +151,3 @@ def measure(codec: str, regions: int, values: int, rounds: int) -> dict[str, Any
         "fold_mb_per_s": folded / busy_s / MB,
         "peak_over_model_mb": peak / MB,
     }
-
-
-def report(region: str, bundle: Bundle) -> RegionReport:
-    """The header of a sender's upload."""
-    return RegionReport(
-        region=region,
-        round=1,
-        attempt=1,
-        tokens=1,
-        train_loss=0.0,
-        update_norm=0.0,
-        cursor=0,
-        chunk_bytes=bundle.sizes,
-        parts=bundle.parts,
-        compute_s=0.0,
-        encode_s=0.0,
-        pools=(),
-    )
