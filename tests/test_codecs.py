@@ -70,6 +70,7 @@ ERROR: dict[str, float | None] = {
     "random_k": 1.0,
     "random_k unbiased": None,
     "random_k 4": None,
+    "lowrank": 0.0,  # without matrices; with them: test_codecs_lowrank
 }
 
 BYTES: dict[str, Callable[[int], int]] = {
@@ -90,6 +91,7 @@ BYTES: dict[str, Callable[[int], int]] = {
     "random_k": lambda n: 4 * drawn(n),
     "random_k unbiased": lambda n: 4 * drawn(n),
     "random_k 4": lambda n: math.ceil(padded(drawn(n)) * 6 / 8),
+    "lowrank": lambda n: 4 * n,
 }
 
 UNBIASED = ["fixed 8", "block", "block 4", "block 2", "e3m0", "random_k unbiased"]
@@ -234,7 +236,9 @@ def test_error_feedback_sends_all_in_the_end(name: str) -> None:
     residual, got, off = np.zeros_like(update), np.zeros(update.size), []
     scale = None
     for number in range(1, 161):
-        frame = Frame(shared=number, private=number, members=3, scale=scale, typical=1e-3)
+        frame = Frame(
+            shared=number, private=number, members=3, matrices=((0, 60, 80),), scale=scale, typical=1e-3
+        )
         wanted = update + np.float32(one.feedback) * residual
         decoded = one.decode(one.encode(wanted, frame), update.size, frame)
         residual, scale = wanted - decoded, one.next_scale(decoded, frame)

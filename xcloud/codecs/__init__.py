@@ -4,6 +4,7 @@ from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame
 from xcloud.codecs.block import Block, BlockConfig
 from xcloud.codecs.e3m0 import E3M0, E3M0Config
 from xcloud.codecs.fixed import Fixed, FixedConfig
+from xcloud.codecs.lowrank import LowRank, LowRankConfig
 from xcloud.codecs.plain import BFloat16, BFloat16Config, Identity, IdentityConfig
 from xcloud.codecs.sign import Sign, SignConfig
 from xcloud.codecs.sparse import RandomK, RandomKConfig, Sparse, SparseConfig, TopK, TopKConfig
@@ -25,6 +26,8 @@ __all__ = [
     "Frame",
     "Identity",
     "IdentityConfig",
+    "LowRank",
+    "LowRankConfig",
     "RandomK",
     "RandomKConfig",
     "Sign",
