@@ -90,7 +90,10 @@ class RegionReady(Message):
 
 
 class RoundPlan(Message):
-    """What the driver asks of every region in one attempt at one round."""
+    """What the driver asks of every region in one attempt at one round.
+
+    `chunks` is the half-open range of chunk ids that the round merges, its fragment; None: all of them.
+    """
 
     job: str
     round: int = Field(ge=1)
@@ -98,6 +101,7 @@ class RoundPlan(Message):
     model_digest: str
     manifest_digest: str
     inner_steps: int = Field(ge=0)
+    chunks: tuple[int, int] | None = None
 
 
 class Progress(Message):
