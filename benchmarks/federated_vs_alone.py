@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks.harness import Options, Result
 from xcloud.config import JobConfig, load_job
-from xcloud.driver import Outcome, train
+from xcloud.launch import train
+from xcloud.ledger import Outcome
 from xcloud.metrics import RunLog
 from xcloud.outer import SGDConfig
 from xcloud.quiet import apply_quiet

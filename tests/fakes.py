@@ -323,6 +323,7 @@ class FakeRegion:
             model_digest=self.digest,
             eval_loss=loss,
             eval_tokens=tokens,
+            bytes_down=total.bytes_down,
             apply_s=0.0,
             eval_s=0.0,
         )
@@ -336,8 +337,8 @@ class FakeRegion:
     # -- checkpoints ----------------------------------------------------------------------
 
     def _by_chunk(self, values: Array) -> dict[int, Array]:
-        size = self.manifest.chunk_size
-        return {c: values[c * size : c * size + self.manifest.chunk_length(c)] for c in self.chunks}
+        starts = self.manifest.chunk_starts
+        return {c: values[starts[c] : starts[c + 1]] for c in self.chunks}
 
     def save(self, order: SaveOrder) -> Future[Saved]:
         return self._call("save", order.round, lambda: self._save(order))

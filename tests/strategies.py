@@ -34,8 +34,15 @@ def shapes(min_size: int = 1) -> st.SearchStrategy[list[tuple[str, tuple[int, ..
 
 
 def manifests() -> st.SearchStrategy[Manifest]:
-    """Layouts of one to six parameters, most of them cut across chunks."""
-    return st.builds(Manifest.of, shapes(), chunk_sizes)
+    """Layouts of one to six parameters, most of them cut across chunks, in one to three fragments."""
+
+    def laid_out(named: list[tuple[str, tuple[int, ...]]], chunk_size: int, fragments: int) -> Manifest:
+        try:
+            return Manifest.of(named, chunk_size, fragments)
+        except ValueError:  # too few of them
+            return Manifest.of(named, chunk_size)
+
+    return st.builds(laid_out, shapes(), chunk_sizes, st.integers(1, 3))
 
 
 def vectors(sizes: st.SearchStrategy[int] | None = None, magnitude: float = 1e3) -> st.SearchStrategy[Array]:

@@ -1,6 +1,6 @@
 """The command line, with real files and a fake driver.
 
-The fake stands in for `xcloud.driver` and `xcloud.export`, which would load Ray
+The fake stands in for `xcloud.launch` and `xcloud.export`, which would load Ray
 and torch: these tests are about the wiring around them.
 """
 
@@ -49,10 +49,10 @@ class Outcome:
 
 
 class FakeDriver(types.ModuleType):
-    """`xcloud.driver` without training: it reports rounds, and runs `hook` before each."""
+    """`xcloud.launch` without training: it reports rounds, and runs `hook` before each."""
 
     def __init__(self) -> None:
-        super().__init__("xcloud.driver")
+        super().__init__("xcloud.launch")
         self.calls: list[dict[str, Any]] = []
         self.hook: Callable[[int, threading.Event], None] = lambda number, stop: None
 
@@ -95,7 +95,7 @@ def round_row(number: int) -> RoundRow:
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDriver:
     """The fake driver in place of the real one, in an empty folder with a `job.yaml`."""
     fake = FakeDriver()
-    monkeypatch.setitem(sys.modules, "xcloud.driver", fake)
+    monkeypatch.setitem(sys.modules, "xcloud.launch", fake)
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(JOB)
     return fake

@@ -183,7 +183,7 @@ def test_an_unknown_key_inside_evaluate_on() -> None:
 def test_an_unknown_key_near_to_nothing_lists_the_known_ones() -> None:
     raw = changed("outer", {"type": "sgd", "momentum": 0.5})
     assert error(raw) == "job: outer.momentum: unknown key; known keys: lr, type"
-    assert error(changed("zzz", 1)).startswith("job: zzz: unknown key; known keys: aggregator, checkpoint, ")
+    assert error(changed("zzz", 1)).startswith("job: zzz: unknown key; known keys: aggregator, buffer, ")
 
 
 WRONG: list[tuple[str, Any, str]] = [

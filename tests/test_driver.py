@@ -717,7 +717,8 @@ def test_an_answer_just_after_the_deadline_is_late(tmp_path: Path) -> None:
     with RunLog(game.run_dir) as log:
         fleet = Fleet(["b"], lambda name: Slow(game.world, name), FailureConfig(deadline_s=SOON), log)
         fleet.start(evaluate=False)
-        assert fleet.run(plan, 1) == {}
+        fleet.launch(plan, 1)
+        assert fleet.collect(1, 0) == {}
         assert (fleet.ready, fleet.recovering) == ([], ["b"])
         fleet.recover(lambda name: None, 1, needed=1)  # the same round once more: its update is good for it
         assert fleet.ready == ["b"]

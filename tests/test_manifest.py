@@ -18,7 +18,7 @@ from xcloud.manifest import ChunkLayout, Manifest
 @given(manifests())
 def test_parameters_lie_end_to_end_in_name_order(manifest: Manifest) -> None:
     names = [spec.name for spec in manifest.parameters]
-    assert names == sorted(names)
+    assert names == sorted(names) or len(manifest.fragments) > 1
     at = 0
     for spec in manifest.parameters:
         assert spec.offset == at
@@ -32,8 +32,10 @@ def test_parameters_lie_end_to_end_in_name_order(manifest: Manifest) -> None:
 def test_chunks_partition_the_flat_vector(manifest: Manifest) -> None:
     lengths = [manifest.chunk_length(chunk) for chunk in range(manifest.chunk_count)]
     assert sum(lengths) == manifest.size
-    assert all(length == manifest.chunk_size for length in lengths[:-1])
-    assert 0 < lengths[-1] <= manifest.chunk_size
+    ends = {chunks[-1] for chunks in manifest.fragments if chunks}
+    for chunk, length in enumerate(lengths):
+        assert 0 < length <= manifest.chunk_size
+        assert length == manifest.chunk_size or chunk in ends
     assert [chunk.length for chunk in manifest.layout] == lengths
 
 
@@ -48,7 +50,7 @@ def test_segments_cover_every_element_once(manifest: Manifest) -> None:
             assert segment.parameter == index
             assert segment.length > 0
             assert segment.chunk_start + segment.length <= manifest.chunk_length(segment.chunk)
-            in_chunk = segment.chunk * manifest.chunk_size + segment.chunk_start
+            in_chunk = manifest.chunk_starts[segment.chunk] + segment.chunk_start
             assert in_chunk == spec.offset + segment.parameter_start
             covered[in_chunk : in_chunk + segment.length] += 1
     assert (covered == 1).all()
@@ -57,9 +59,10 @@ def test_segments_cover_every_element_once(manifest: Manifest) -> None:
 @quick
 @given(manifests(), st.integers(1, 12))
 def test_ranks_share_the_chunks_out(manifest: Manifest, world: int) -> None:
-    shares = [manifest.owned(rank, world) for rank in range(world)]
-    assert [chunk for share in shares for chunk in share] == list(range(manifest.chunk_count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for fragment, chunks in enumerate(manifest.fragments):
+        shares = [manifest.owned(rank, world)[fragment] for rank in range(world)]
+        assert [chunk for share in shares for chunk in share] == list(chunks)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @quick
@@ -102,7 +105,7 @@ def test_the_digest_does_not_change_between_versions() -> None:
 def test_a_model_without_parameters() -> None:
     manifest = Manifest.of([], 4)
     assert (manifest.size, manifest.chunk_count, manifest.segments) == (0, 0, ())
-    assert list(manifest.owned(0, 3)) == []
+    assert manifest.owned(0, 3) == (range(0),)
     assert manifest.layout == ()
 
 
@@ -116,15 +119,49 @@ def test_matrices_of_a_chunk_are_whole_rows_of_its_parameters(manifest: Manifest
         for start, rows, columns in layout.matrices:
             assert end <= start < start + rows * columns <= layout.length
             end = start + rows * columns
-            spec = owner[chunk * manifest.chunk_size + start]
+            spec = owner[manifest.chunk_starts[chunk] + start]
             assert len(spec.shape) >= 2
             assert columns == spec.size // spec.shape[0]
-            assert (chunk * manifest.chunk_size + start - spec.offset) % columns == 0
-            assert owner[chunk * manifest.chunk_size + end - 1] == spec
+            assert (manifest.chunk_starts[chunk] + start - spec.offset) % columns == 0
+            assert owner[manifest.chunk_starts[chunk] + end - 1] == spec
             held += rows
-    cuts = manifest.chunk_count - 1
+    cuts = manifest.chunk_count - len(manifest.fragments)
     whole = sum(p.shape[0] for p in manifest.parameters if len(p.shape) >= 2 and p.size)
     assert whole - cuts <= held <= whole
+
+
+MODEL = [("embed", (9, 4)), ("head", (7,)), *((f"layers.{i}.{w}", (4, 4)) for i in range(12) for w in "qk")]
+
+
+def test_fragments_are_strided_and_each_begins_a_chunk() -> None:
+    manifest = Manifest.of(MODEL, 10, 4)
+    for fragment, chunks in enumerate(manifest.fragments):
+        names = [
+            spec.name
+            for spec, segments in zip(manifest.parameters, manifest.segments, strict=True)
+            if {segment.chunk for segment in segments} <= set(chunks)
+        ]
+        layers = {int(name.split(".")[1]) for name in names if "." in name}
+        assert layers == {fragment, fragment + 4, fragment + 8}
+        assert names == sorted(names)
+    at = dict(zip((p.name for p in manifest.parameters), manifest.segments, strict=True))
+    assert at["embed"][0].chunk in manifest.fragments[0]  # all are equal, so the first
+    assert at["head"][0].chunk in manifest.fragments[1]  # the first of those that hold less
+    assert [c for chunks in manifest.fragments for c in chunks] == list(range(manifest.chunk_count))
+    lengths = [manifest.chunk_length(c) for c in range(manifest.chunk_count)]
+    assert sum(lengths) == manifest.size
+    assert [lengths[chunks[-1]] for chunks in manifest.fragments] == [2, 3, 6, 6]
+
+
+def test_one_fragment_is_the_layout_without_fragments() -> None:
+    assert Manifest.of(MODEL, 10, 1) == Manifest.of(MODEL, 10)
+    assert Manifest.of(MODEL, 10, 2).digest != Manifest.of(MODEL, 10).digest
+
+
+def test_more_fragments_than_there_are_layers_are_refused() -> None:
+    assert len(Manifest.of(MODEL[:3], 10, 3).fragments) == 3
+    with pytest.raises(ValueError, match="falls into 3 fragments, not 4"):
+        Manifest.of(MODEL[:3], 10, 4)
 
 
 def test_rows_that_a_chunk_cuts_belong_to_no_matrix() -> None:

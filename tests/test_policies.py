@@ -39,14 +39,14 @@ from xcloud.policies import Action, FailureConfig, decide
     ],
 )
 def test_decide(settings: dict[str, Any], answered: str, attempt: int, action: Action) -> None:
-    decision = decide(FailureConfig(**settings), 3, list(answered), attempt)
-    assert decision.action is action
     quorum = settings.get("quorum", 3)
+    decision = decide(FailureConfig(**settings), 3, quorum, list(answered), attempt)
+    assert decision.action is action
     assert decision.reason.startswith(f"{len(answered)} of 3 regions answered, quorum is {quorum}")
 
 
 def test_an_abort_after_retries_says_how_many() -> None:
-    assert decide(FailureConfig(max_retries=2), 3, "ab", 3).reason.endswith(", after 3 attempts")
+    assert decide(FailureConfig(max_retries=2), 3, 3, "ab", 3).reason.endswith(", after 3 attempts")
 
 
 @quick
@@ -63,7 +63,7 @@ def test_only_a_quorum_is_merged_and_retries_end(
 ) -> None:
     config = FailureConfig(quorum=quorum, below_quorum=below, max_retries=retries)
     names = [str(i) for i in range(min(answered, regions))]
-    action = decide(config, regions, names, attempt).action
+    action = decide(config, regions, quorum or regions, names, attempt).action
     assert (action is Action.MERGE) == (len(names) >= (quorum or regions))
     if action is Action.RETRY:
         assert attempt <= retries

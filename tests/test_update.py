@@ -74,7 +74,7 @@ def test_shares_make_a_weighted_mean(codec: str) -> None:
             assert all(m.tobytes() == merged[0].tobytes() for m in merged)
             got[chunk] += merged[0]
         for p in paths:
-            p.settle(merged=True)
+            p.settle()
     for chunk in OWNED:
         off = np.linalg.norm(got[chunk] / rounds - mean[chunk]) / np.linalg.norm(mean[chunk])
         assert off < 0.1, (codec, chunk, off)
@@ -85,11 +85,11 @@ def test_an_update_that_was_not_merged_leaves_no_residual(codec: str) -> None:
     one = path("a", codec)
     for chunk, delta in enumerate(deltas(1)):
         one.encode(1, chunk, delta, 1.0)
-    one.settle(merged=False)
+    one.forget()
     assert not any(np.any(values) for values in one.residual.values())
     for chunk, delta in enumerate(deltas(1)):
         one.encode(1, chunk, delta, 1.0)
-    one.settle(merged=True)
+    one.settle()
     assert any(np.any(values) for values in one.residual.values())
 
 
@@ -122,7 +122,7 @@ def test_what_a_checkpoint_keeps_is_all_that_matters(codec: str) -> None:
         encoded = one.encode(1, chunk, delta, 1.0)
         if adds_up(one.codec):
             one.decode(chunk, encoded.copy(), summed(1, [1.0]))
-    one.settle(merged=True)
+    one.settle()
     fresh = path("a", codec)
     fresh.restore({c: v.copy() for c, v in one.residual.items()})
     fresh.scales = {c: v.copy() for c, v in one.scales.items()}

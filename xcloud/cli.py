@@ -131,7 +131,7 @@ def train(
     signals = _Signals(view)
     with closing(view), RunLog(folder, [view, signals]) as log:
         # Here, because it loads Ray: `xcloud --help` should not wait for that, and the view already shows.
-        from xcloud.driver import train as play  # noqa: PLC0415
+        from xcloud.launch import train as play  # noqa: PLC0415
 
         try:
             with signals, _kept_apart(folder / "ray.log"):

@@ -26,11 +26,11 @@ from pydantic import (
 
 from xcloud.aggregators import AGGREGATORS, AggregatorConfig, MeanConfig
 from xcloud.cloud.settings import PlacementConfig
-from xcloud.codecs import CODECS, CodecConfig, IdentityConfig
+from xcloud.codecs import CODECS, Codec, CodecConfig, IdentityConfig
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
-from xcloud.policies import FailureConfig
+from xcloud.policies import BufferConfig, FailureConfig, StreamingConfig
 from xcloud.registry import PartConfig, Registry, nearest
 from xcloud.training.settings import INNER_OPTIMIZERS, SCHEDULES, EngineConfig, InnerConfig, ModelConfig
 from xcloud.update import adds_up
@@ -161,6 +161,8 @@ class JobConfig(_Section):
     codec: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
     downlink: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
     chunk_size: Annotated[int, Field(ge=1024, le=1 << 24)] = 1 << 20
+    streaming: StreamingConfig = StreamingConfig()
+    buffer: BufferConfig | None = None
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     failure: FailureConfig = FailureConfig()
@@ -196,6 +198,7 @@ class JobConfig(_Section):
                 f"downlink {self.downlink.type!r} takes its scale from what came before, which the aggregator "
                 "does not keep; expected identity, bf16, block, e3m0 or sparse"
             )
+        self._check_timing(codec)
         for r, region in enumerate(self.regions):
             for p, pool in enumerate(region.pools):
                 if pool.precision == "fp16" and not pool.on_gpu:
@@ -210,6 +213,41 @@ class JobConfig(_Section):
                 f"allows only {positions}"
             )
         return self
+
+    def _check_timing(self, codec: Codec) -> None:
+        """What `streaming` and `buffer` cannot be combined with."""
+        overlap, steps = self.streaming.overlap, self.inner.steps
+        if overlap and overlap >= steps:
+            raise ValueError(
+                f"streaming.overlap is {overlap}, but a round has inner.steps: {steps}; "
+                "expected less, since a merged update is taken up before the round ends"
+            )
+        if self.buffer is None:
+            return
+        if self.buffer.goal > len(self.regions):
+            raise ValueError(
+                f"buffer.goal is {self.buffer.goal}, but 'regions' lists only {len(self.regions)}; "
+                "expected at most that many"
+            )
+        if self.failure.quorum is not None:
+            raise ValueError(
+                "failure.quorum and buffer.goal both say how many regions a merge waits for; leave failure.quorum out"
+            )
+        if self.streaming.keeps_local:
+            raise ValueError(
+                "buffer and streaming cannot be combined: regions of a buffered run start from different models; "
+                "leave one of them out"
+            )
+        if adds_up(codec):
+            raise ValueError(
+                f"codec {self.codec.type!r} adds encodings of one round only, while buffer merges updates of "
+                "different rounds; expected a codec that is opened, such as bf16, block or topk"
+            )
+
+    @property
+    def needed(self) -> int:
+        """Regions that a round cannot do without."""
+        return self.buffer.goal if self.buffer else self.failure.quorum or len(self.regions)
 
     @property
     def cpus(self) -> int:

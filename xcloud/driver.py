@@ -4,37 +4,46 @@ One round: plan -> every region trains and offers its update -> the aggregation 
 the updates of at least a quorum -> every region takes the same outer step -> their digests
 agree -> the round is committed: metrics, cursors and checkpoint, all or nothing.
 
+`streaming.overlap` lets the last three steps happen while the next round trains; `streaming.fragments` merges
+a part of the model at a time; `buffer` merges what has arrived and leaves the rest at work.
+
 The driver holds the round number, the plans and the ledger. It never sees weights.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from xcloud.aggregation import AggregatorHandle, ClusterAggregation
+from xcloud.aggregation import AggregatorHandle
 from xcloud.checkpoint import CheckpointStore, CommitRecord
-from xcloud.cloud.session import ray_session
 from xcloud.config import JobConfig
 from xcloud.errors import AggregationError, DivergenceError, QuorumError, RegionError
 from xcloud.fleet import Fleet, RegionHandle
-from xcloud.ledger import Ledger, Outcome, find_commit, keep_job
-from xcloud.messages import RegionReport, RoundPlan, RoundSum, Saved, SaveOrder, json_safe
+from xcloud.ledger import Ledger, Outcome
+from xcloud.messages import Applied, RegionReport, RoundPlan, RoundSum, Saved, SaveOrder, json_safe
 from xcloud.metrics import RunLog
 from xcloud.policies import Action, Decision, decide
-from xcloud.region import ClusterRegion
 
-__all__ = ["Outcome", "Run", "train"]
+__all__ = ["Outcome", "Run"]
 
 Offers = Mapping[str, tuple[RegionReport, list[Any]]]
+
+
+@dataclass
+class Sync:
+    """What the regions have offered in a round, and nobody has merged yet."""
+
+    plan: RoundPlan
+    offers: Offers
+    began: float
+    evaluate: bool
 
 
 class Run:
@@ -51,7 +60,8 @@ class Run:
     ) -> None:
         self.job, self.fleet, self.aggregator, self.log, self.stop = job, fleet, aggregator, log, stop
         self.ledger = Ledger(job, store)
-        self.quorum = job.failure.quorum or len(job.regions)
+        self.sync: Sync | None = None
+        self.closed = 0.0
 
     def play(self, record: CommitRecord | None, stop_after: int | None) -> Outcome:
         """Play the job's rounds, from the start or from a commit.
@@ -64,16 +74,17 @@ class Run:
         self.ledger.begin(self.fleet.start(evaluate=record is None))
         if record is not None:
             self.ledger.resume(record)
-            self.fleet.ask(lambda region: region.restore(self.ledger.order(region.name)), record.round)
-        for number in range(self.ledger.round + 1, last + 1):
-            if self.stop.is_set():
-                break
-            try:
+            self.fleet.restore(self.ledger.order, record.round)
+        try:
+            for number in range(self.ledger.round + 1, last + 1):
+                if self.stop.is_set():
+                    break
                 self.round(number, final=number == last)
-            except (QuorumError, AggregationError) as error:
-                if not isinstance(error, DivergenceError):
-                    self.checkpoint()  # whoever is left holds the last committed round
-                raise
+            self.land()
+        except (QuorumError, AggregationError) as error:
+            if not isinstance(error, DivergenceError):
+                self.checkpoint()  # whoever is left holds the last committed round
+            raise
         played = not self.stop.is_set() or self.ledger.round == last
         self.checkpoint()
         done = self.ledger
@@ -86,7 +97,7 @@ class Run:
         return done.outcome(finished=False, reason=reason)
 
     def round(self, number: int, final: bool) -> None:
-        """Play one round until it is committed or skipped.
+        """Play one round until its updates are merged, on their way, or given up.
 
         Raises:
             QuorumError: the failure policy gives up.
@@ -99,29 +110,26 @@ class Run:
     def attempt(self, plan: RoundPlan, final: bool) -> bool:
         """Try a round once; True when it is over, False to try again."""
         began, number, job = time.perf_counter(), plan.round, self.job
-        evaluate = final or (job.evaluation.sequences > 0 and number % job.evaluation.every == 0)
-        offers = self.fleet.run(plan, job.rounds)
-        decision = decide(job.failure, len(job.regions), offers, plan.attempt)
+        self.fleet.launch(plan, job.rounds)
+        self.land(beside=plan)  # what the last round offered travels while this one trains
+        offers = self.fleet.collect(number, self.ledger.round, job.buffer)
+        decision = decide(job.failure, len(job.regions), job.needed, offers, plan.attempt)
         if decision.action is not Action.MERGE:
             return self.give_up(plan, decision)
-        merged = self.merge(plan, offers)
-        if merged is None:
+        evaluate = final or (job.evaluation.sequences > 0 and number % job.evaluation.every == 0)
+        self.sync = Sync(plan, offers, began, evaluate)
+        due = bool(job.checkpoint.every) and number % job.checkpoint.every == 0
+        if job.streaming.overlap and not due and not final:
+            return True
+        if not self.land():
             return False
-        total, handles = merged
-        applied = self.fleet.ask(lambda region: region.apply(total, handles, evaluate), number)
-        if not applied:  # most likely the aggregator has died, and the merged update with it
-            return self.again(plan, "every region was lost while it applied the merged update")
-        reports = {name: report for name, (report, _) in offers.items()}
-        self.log.round(self.ledger.close_round(plan, reports, total, applied, time.perf_counter() - began))
-        for name, answer in applied.items():
-            if answer.pools:
-                self.log.event("region_sharding", region=name, pools=json_safe(answer)["pools"])
-        if job.checkpoint.every and number % job.checkpoint.every == 0:
+        if due:
             self.checkpoint()
         return True
 
     def plan(self, number: int, attempt: int) -> RoundPlan:
         """What every region is asked to do."""
+        fragments = self.ledger.fragments
         return RoundPlan(
             job=self.job.name,
             round=number,
@@ -129,7 +137,47 @@ class Run:
             model_digest=self.ledger.model_digest,
             manifest_digest=self.ledger.manifest_digest,
             inner_steps=self.job.inner.steps,
+            chunks=fragments[(number - 1) % len(fragments)] if len(fragments) > 1 else None,
+            landing=self.sync.plan.round if self.sync else None,
         )
+
+    def land(self, beside: RoundPlan | None = None) -> bool:
+        """Merge what was offered last and have every region take it up, now or while it trains `beside`.
+
+        Returns False when an update was lost on the way and the round must be tried again.
+        """
+        sync, self.sync = self.sync, None
+        if sync is None:
+            return True
+        merged = self.merge(sync.plan, sync.offers)
+        while merged is None and self.job.streaming.overlap:  # the regions have gone on: merge what is left
+            left = {name: offer for name, offer in sync.offers.items() if name in self.fleet.ready}
+            sync = replace(
+                sync, plan=sync.plan.model_copy(update={"attempt": sync.plan.attempt + 1}), offers=left
+            )
+            policy = decide(self.job.failure, len(self.job.regions), self.job.needed, left, sync.plan.attempt)
+            if policy.action is not Action.MERGE:
+                return self.call_off(sync.plan, policy, beside)
+            merged = self.merge(sync.plan, left)
+        if merged is None:
+            return False
+        total, handles = merged
+        total = total.model_copy(update={"lands_in": beside.round if beside else None})
+        applied = self.fleet.apply(total, handles, sync.evaluate)
+        if not applied:  # most likely the aggregator has died, and the merged update with it
+            return self.again(sync.plan, "every region was lost while it applied the merged update")
+        self.commit(sync, applied)
+        return True
+
+    def commit(self, sync: Sync, applied: Mapping[str, Applied]) -> None:
+        """Book a round that every region has taken up."""
+        reports = {name: report for name, (report, _) in sync.offers.items()}
+        wall_s = time.perf_counter() - max(sync.began, self.closed)
+        self.log.round(self.ledger.close_round(sync.plan, reports, applied, wall_s))
+        self.closed = time.perf_counter()
+        for name, answer in applied.items():
+            if answer.pools:
+                self.log.event("region_sharding", region=name, pools=json_safe(answer)["pools"])
 
     def merge(self, plan: RoundPlan, offers: Offers) -> tuple[RoundSum, list[Any]] | None:
         """Fold the offers; None when an update was lost on the way and the round must be tried again."""
@@ -146,6 +194,19 @@ class Run:
             "round_merged", round=plan.round, regions=list(offers), seconds=time.perf_counter() - began
         )
         return total, handles
+
+    def call_off(self, plan: RoundPlan, decision: Decision, beside: RoundPlan | None) -> bool:
+        """Tell regions that wait for a merge that there is none; the fragment is merged in its next turn.
+
+        Raises:
+            QuorumError: the policy says to abort.
+        """
+        if decision.action is Action.ABORT:
+            return self.give_up(plan, decision)
+        nothing = RoundSum.of_nothing(plan, beside.round if beside else None)
+        self.fleet.apply(nothing, [], evaluate=False)
+        self.log.event("round_skipped", round=plan.round, reason=decision.reason)
+        return True
 
     def give_up(self, plan: RoundPlan, decision: Decision) -> bool:
         """Act on a round below quorum; True when the round is over.
@@ -179,19 +240,20 @@ class Run:
     def recover(self, number: int) -> None:
         """Bring back regions that are away; wait for them only if the round cannot do without."""
         if self.fleet.recovering:
+            self.land()
             self.checkpoint()  # what they will have to load
         saved = self.ledger.saved.round if self.ledger.saved else 0
-        if self.fleet.ready or saved == self.ledger.round:
-            self.fleet.recover(self.ledger.order_or_none, number, self.quorum)
+        if saved == self.ledger.round:
+            self.fleet.recover(self.ledger.order_or_none, number, self.job.needed)
         if not self.fleet.ready:
             raise QuorumError(f"round {number}: no region is left; go on from round {saved} with --resume")
 
     def checkpoint(self) -> None:
-        """Save every ready region's state of the committed round, unless that is done already."""
+        """Save every idle region's state of the committed round, unless that is done already."""
         number = self.ledger.round
-        while self.fleet.ready and number > (self.ledger.saved.round if self.ledger.saved else 0):
+        while self.fleet.idle and number > (self.ledger.saved.round if self.ledger.saved else 0):
             self.ledger.store.clear(number)
-            donor = self.fleet.ready[0]
+            donor = self.fleet.idle[0]
             saved = self.fleet.save(partial(_save, number, donor), number)
             if donor in saved:
                 self.ledger.commit(saved, donor)
@@ -200,50 +262,3 @@ class Run:
 
 def _save(number: int, donor: str, region: RegionHandle) -> Future[Saved]:
     return region.save(SaveOrder(round=number, donor=region.name == donor))
-
-
-def train(
-    job: JobConfig,
-    *,
-    run_dir: Path,
-    log: RunLog,
-    address: str | None = None,
-    resume: bool = False,
-    stop: threading.Event | None = None,
-    stop_after: int | None = None,
-) -> Outcome:
-    """Train a job on a Ray cluster, or on one started here.
-
-    Raises:
-        XCloudError: what went wrong, in one line; the last committed round stays.
-    """
-    store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
-    record = find_commit(job, store, run_dir, resume)
-    keep_job(job, run_dir)
-    log.rewind(record.round if record else 0)
-    names = [region.name for region in job.regions]
-    with ray_session(address, job.cpus) as session:
-        log.event(
-            "run_started",
-            job=job.name,
-            rounds=job.rounds,
-            run_dir=str(run_dir),
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            regions=names,
-            simulation=True,  # regions that share a Ray cluster are not isolated from one another
-            resumed_round=record.round if record else None,
-        )
-        build = partial(ClusterRegion, job, enforce_labels=not session.local, checkpoint_url=store.url)
-        fleet = Fleet(names, build, job.failure, log)
-        try:
-            aggregator = ClusterAggregation(job)
-            return Run(job, fleet, aggregator, store, log, stop or threading.Event()).play(record, stop_after)
-        except KeyboardInterrupt:
-            log.event("run_stopped", round=max(store.rounds(), default=0), reason="interrupted at once")
-            raise
-        except BaseException as error:
-            log.event("run_failed", reason=f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            fleet.close()

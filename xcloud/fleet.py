@@ -3,10 +3,14 @@
 The driver asks the fleet; the fleet keeps score. A region that fails is killed and
 restarted as a whole, in the background; one that misses a deadline is left to finish.
 Either comes back only by loading the last committed round: never with what it had.
+
+A round is launched and collected in two calls, so that merged updates can travel between them, and so that a
+merge need not wait for all. The fleet keeps a merged update until every region has taken it up.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -29,11 +33,13 @@ from xcloud.messages import (
     json_safe,
 )
 from xcloud.metrics import RunLog
-from xcloud.policies import FailureConfig
+from xcloud.policies import BufferConfig, FailureConfig
 
 __all__ = ["Fleet", "RegionHandle"]
 
 T = TypeVar("T")
+
+Offer = tuple[RegionReport, list[Any]]
 
 TICK_S = 0.5
 
@@ -77,6 +83,10 @@ class Member:
     handle: RegionHandle
     state: State = State.STARTING
     busy: Future[Any] | None = None
+    work: Future[Offer] | None = None
+    """The round that it is at, or whose update nobody has collected yet."""
+    round: int = 0
+    """The last merge that it has taken up."""
     restarts: int = 0
 
 
@@ -97,6 +107,7 @@ class Fleet:
         self._policy = policy
         self._log = log
         self._members = {name: Member(build(name)) for name in names}
+        self._sums: dict[int, tuple[RoundSum, list[Any]]] = {}
         self._asked: dict[str, Future[Progress | None]] = {}
         self._poll_at = 0.0
 
@@ -104,6 +115,11 @@ class Fleet:
     def ready(self) -> list[str]:
         """Regions that can be asked now, in the job's order."""
         return [name for name, m in self._members.items() if m.state is State.READY]
+
+    @property
+    def idle(self) -> list[str]:
+        """Those of the ready regions that are not at work on a round."""
+        return [name for name in self.ready if self._members[name].work is None]
 
     @property
     def recovering(self) -> list[str]:
@@ -122,7 +138,7 @@ class Fleet:
             self._log.event("region_starting", region=name, attempt=1)
         futures = {m.handle.start(evaluate): name for name, m in self._members.items()}
         answers: dict[str, RegionReady] = {}
-        for future in self._as_done(futures, None):
+        for future in self._as_done(futures, self._by(None)):
             name = futures[future]
             answers[name] = future.result()
             self._members[name].state = State.READY
@@ -133,10 +149,10 @@ class Fleet:
         self,
         call: Callable[[RegionHandle], Future[T]],
         round: int,
-        on_answer: Callable[[str, T], None] | None = None,
+        names: Collection[str] | None = None,
         wait_for_late: bool = True,
     ) -> dict[str, T]:
-        """Ask every ready region at once; returns the answers in the job's order.
+        """Ask every idle region, or those named, at once; returns the answers in the job's order.
 
         A region that fails is lost, one that misses the policy's deadline is late (or, if nobody can let
         it go on, lost too); neither is in the answers, nor ready any more.
@@ -144,34 +160,97 @@ class Fleet:
         Raises:
             XCloudError: an answer that is nobody's failure but the job's (a full disk, ...).
         """
-        futures = {call(self._members[name].handle): name for name in self.ready}
+        futures = {call(self._members[n].handle): n for n in (self.idle if names is None else names)}
         answers: dict[str, T] = {}
-        for future in self._as_done(futures, self._policy.deadline_s):
+        for future in self._as_done(futures, self._by(self._policy.deadline_s)):
             name = futures[future]
             try:
                 answers[name] = future.result()
             except (RegionError, DivergenceError) as error:
                 self.lose(name, round, str(error))
-                continue
-            if isinstance(answers[name], Applied):
-                self._members[name].restarts = 0  # it has seen a round through
-            if on_answer is not None:
-                on_answer(name, answers[name])
         for future, name in futures.items():
             if name in answers or self._members[name].state is not State.READY:
                 continue
-            if not wait_for_late:
-                self.lose(name, round, "it did not answer in time")
+            if wait_for_late:
+                self._late(name, future, round)
             else:
-                self._members[name].state, self._members[name].busy = State.LATE, future
-                self._log.event("region_late", region=name, round=round)
+                self.lose(name, round, "it did not answer in time")
         return {name: answers[name] for name in self._members if name in answers}
 
-    def run(self, plan: RoundPlan, rounds: int) -> dict[str, tuple[RegionReport, list[Any]]]:
-        """Ask every ready region for its update of a round (one of `rounds`), up to the policy's deadline."""
+    def launch(self, plan: RoundPlan, rounds: int) -> None:
+        """Set every idle region to work on a round (one of `rounds`)."""
         began = {"round": plan.round, "attempt": plan.attempt, "rounds": rounds, "regions": self.ready}
         self._log.event("round_started", **began)
-        return self.ask(lambda region: region.run(plan), plan.round, self._log_finished)
+        for name in self.idle:
+            self._members[name].work = self._members[name].handle.run(plan)
+
+    def collect(self, round: int, merges: int, buffer: BufferConfig | None = None) -> dict[str, Offer]:
+        """The updates of the regions at work, in the job's order, up to the policy's deadline.
+
+        Args:
+            round: about to be merged.
+            merges: committed so far.
+            buffer: how many updates are enough; None waits for all.
+        """
+        futures = {m.work: n for n, m in self._members.items() if m.work and m.state is State.READY}
+        offers: dict[str, Offer] = {}
+        deadline, enough = self._by(self._policy.deadline_s), math.inf
+
+        def until() -> float:
+            return min(deadline(), enough)
+
+        for future in self._as_done(futures, until):
+            name = futures[future]
+            member, member_round = self._members[name], self._members[name].round
+            member.work = None
+            try:
+                report, handles = future.result()
+            except (RegionError, DivergenceError) as error:
+                if member.state is State.READY:  # it may have failed while it took up an earlier merge
+                    self.lose(name, round, str(error))
+                continue
+            offers[name] = report.model_copy(update={"staleness": max(0, merges - member_round)}), handles
+            self._log_finished(name, report)
+            if buffer and len(offers) == buffer.goal:
+                enough = time.monotonic() + buffer.grace_s
+        for future, name in futures.items():
+            member = self._members[name]
+            if member.work is not future or member.state is not State.READY:
+                continue
+            if not buffer or len(offers) < buffer.goal or merges - member.round >= buffer.max_staleness:
+                self._late(name, future, round)
+        return {name: offers[name] for name in self._members if name in offers}
+
+    def apply(self, total: RoundSum, handles: list[Any], evaluate: bool) -> dict[str, Applied]:
+        """Have every region that waits for it take up a merged update, after those before it that it has missed.
+
+        That is every idle region, or, if the update lands in a round under way, every region at work on it.
+        """
+        names = self.idle if total.lands_in is None else self.ready
+        self._sums[total.round] = total, handles
+        applied: dict[str, Applied] = {}
+        for number, (one, buffers) in sorted(self._sums.items()):
+            behind = [n for n in names if n in self.ready and self._members[n].round < number]
+            last = number == total.round
+            answers = self.ask(
+                lambda region, one=one, buffers=buffers, last=last: region.apply(  # type: ignore[misc]
+                    one, buffers, evaluate and last
+                ),
+                number,
+                behind,
+            )
+            for name, answer in answers.items():
+                self._members[name].round, self._members[name].restarts = number, 0
+                before = applied[name].bytes_down if name in applied else 0
+                applied[name] = answer.model_copy(update={"bytes_down": before + answer.bytes_down})
+        oldest = min((self._members[name].round for name in self.ready), default=total.round)
+        self._sums = {number: one for number, one in self._sums.items() if number > oldest}
+        return {name: applied[name] for name in names if name in applied and name in self.ready}
+
+    def restore(self, order: Callable[[str], RestoreOrder], round: int) -> None:
+        """Have every region load the commit that a run goes on from."""
+        for name in self.ask(lambda region: region.restore(order(region.name)), round):
+            self._members[name].round = round
 
     def save(self, call: Callable[[RegionHandle], Future[Saved]], round: int) -> dict[str, Saved]:
         """Like `ask`; who is late is lost, since it would write over what is committed without it."""
@@ -180,7 +259,7 @@ class Fleet:
     def lose(self, name: str, round: int, reason: str) -> None:
         """Give up a region's processes; it may be restarted."""
         member = self._members[name]
-        member.state, member.busy = State.LOST, None
+        member.state, member.busy, member.work = State.LOST, None, None
         self._log.event("region_failed", region=name, round=round, reason=reason)
         member.handle.kill()
 
@@ -243,15 +322,24 @@ class Fleet:
                 except (RegionError, DivergenceError, FutureTimeoutError) as error:
                     self.lose(name, round, str(error) or "it did not load the committed round in time")
                     continue
-            member.state = State.READY
+            member.state, member.round = State.READY, restore.round if restore else 0
             self._log.event("region_rejoined", region=name, round=round)
 
-    def _as_done(self, futures: Collection[Future[Any]], deadline_s: float | None) -> Any:
-        """Futures as they complete, with progress in between; stops at the deadline."""
-        end = None if deadline_s is None else time.monotonic() + deadline_s
+    def _late(self, name: str, future: Future[Any], round: int) -> None:
+        member = self._members[name]
+        member.state, member.busy, member.work = State.LATE, future, None
+        self._log.event("region_late", region=name, round=round)
+
+    def _by(self, deadline_s: float | None) -> Callable[[], float]:
+        """When a wait that begins now has to end."""
+        end = math.inf if deadline_s is None else time.monotonic() + deadline_s
+        return lambda: end
+
+    def _as_done(self, futures: Collection[Future[Any]], until: Callable[[], float]) -> Any:
+        """Futures as they complete, with progress in between, until `until`, which may move."""
         waiting = set(futures)
         while waiting:
-            left = TICK_S if end is None else min(TICK_S, end - time.monotonic())
+            left = min(TICK_S, until() - time.monotonic())
             if left <= 0:
                 return
             done, waiting = wait(waiting, timeout=left, return_when=FIRST_COMPLETED)
@@ -277,8 +365,7 @@ class Fleet:
             del fields[key]
         self._log.event("region_ready", **fields, seconds=seconds)
 
-    def _log_finished(self, name: str, answer: tuple[RegionReport, list[Any]]) -> None:
-        report = answer[0]
+    def _log_finished(self, name: str, report: RegionReport) -> None:
         self._log.event(
             "region_finished",
             round=report.round,

@@ -12,7 +12,7 @@ from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
 from xcloud.errors import CheckpointError, DivergenceError
 from xcloud.manifest import ChunkLayout
-from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
+from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, Saved
 from xcloud.metrics import RegionRow, RoundRow, read_events
 
 __all__ = ["Ledger", "Outcome", "check_job", "find_commit", "keep_job", "mean_loss"]
@@ -42,6 +42,7 @@ class Ledger:
         self.model_digest = ""
         self.manifest_digest = ""
         self.layout: tuple[ChunkLayout, ...] = ()
+        self.fragments: tuple[tuple[int, int], ...] = ()
         self.cursors = {region.name: 0 for region in job.regions}
         self.data: dict[str, str] = {}
         self.tokens = 0
@@ -73,6 +74,7 @@ class Ledger:
         self.data = {name: answer.data_fingerprint for name, answer in ready.items()}
         self.manifest_digest, self.model_digest = first.manifest_digest, first.model_digest
         self.layout = tuple(ChunkLayout(*chunk) for chunk in first.layout)
+        self.fragments = first.fragments
         self.eval_start = self.eval_loss = mean_loss(ready.values())
 
     def resume(self, record: CommitRecord) -> None:
@@ -116,7 +118,6 @@ class Ledger:
         self,
         plan: RoundPlan,
         reports: Mapping[str, RegionReport],
-        total: RoundSum,
         applied: Mapping[str, Applied],
         wall_s: float,
     ) -> RoundRow:
@@ -148,24 +149,24 @@ class Ledger:
             eval_loss=loss,
             tokens=tokens,
             bytes_up=sum(report.bytes_up for report in reports.values()),
-            bytes_down=total.bytes_down * len(applied),
+            bytes_down=sum(answer.bytes_down for answer in applied.values()),
             compute_s=compute_s,
             sync_s=max(0.0, wall_s - compute_s - eval_s),
-            regions={
-                name: self._region_row(report, total, applied.get(name)) for name, report in reports.items()
-            },
+            regions={name: self._region_row(report, applied.get(name)) for name, report in reports.items()},
             model_digest=self.model_digest,
         )
 
-    def _region_row(self, report: RegionReport, total: RoundSum, applied: Applied | None) -> RegionRow:
+    def _region_row(self, report: RegionReport, applied: Applied | None) -> RegionRow:
         return RegionRow(
             tokens=report.tokens,
             train_loss=report.train_loss,
             eval_loss=applied.eval_loss if applied and applied.eval_tokens else None,
             tokens_per_s=report.tokens / report.compute_s if report.compute_s else 0.0,
             bytes_up=report.bytes_up,
-            bytes_down=total.bytes_down if applied else 0,
+            bytes_down=applied.bytes_down if applied else 0,
             compute_s=report.compute_s,
+            landing_s=report.landing_s,
+            staleness=report.staleness,
             sync_s=report.encode_s + (applied.apply_s if applied else 0.0),
             update_norm=report.update_norm,
             cursor=report.cursor,
@@ -268,6 +269,10 @@ def _fixed(job: JobConfig) -> dict[str, Any]:
     data = job.model_dump(mode="json", exclude=set(CHANGEABLE))
     for region in data["regions"]:
         del region["pools"]
+    if (
+        job.streaming.overlap
+    ):  # before a checkpoint, regions wait for the merged update: part of the algorithm
+        data["checkpoint"] = {"every": job.checkpoint.every}
     return data
 
 

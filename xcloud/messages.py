@@ -72,7 +72,8 @@ class RankInfo(Message):
 class RegionReady(Message):
     """A region has its engines up and a model in place.
 
-    `layout` gives each chunk's elements and matrices, as in `manifest.ChunkLayout`.
+    `layout` gives each chunk's elements and matrices, as in `manifest.ChunkLayout`, `fragments` the half-open
+    range of chunk ids of each fragment.
     """
 
     region: str
@@ -87,12 +88,14 @@ class RegionReady(Message):
     eval_loss: float
     eval_tokens: int
     layout: tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]
+    fragments: tuple[tuple[int, int], ...] = ()
 
 
 class RoundPlan(Message):
     """What the driver asks of every region in one attempt at one round.
 
     `chunks` is the half-open range of chunk ids that the round merges, its fragment; None: all of them.
+    `landing` is the earlier round whose merged update arrives during this one, to be taken up on the way.
     """
 
     job: str
@@ -102,6 +105,7 @@ class RoundPlan(Message):
     manifest_digest: str
     inner_steps: int = Field(ge=0)
     chunks: tuple[int, int] | None = None
+    landing: int | None = None
 
 
 class Progress(Message):
@@ -132,6 +136,8 @@ class RegionReport(Message):
     `share` is what the region has multiplied its update by before encoding it, where encodings add up.
     `chunk_bytes[i]` is the encoded length of chunk `i`; `parts` says which chunks share a buffer
     (first chunk, number of chunks). The buffers travel beside this, one for each part.
+    `staleness` is the number of merges since the model that it started from; the driver fills it in.
+    `landing_s` are the seconds of the round in which no inner step ran because an earlier merge was taken up.
     """
 
     region: str
@@ -146,6 +152,8 @@ class RegionReport(Message):
     parts: tuple[tuple[int, int], ...] = ()
     compute_s: float
     encode_s: float
+    landing_s: float = 0.0
+    staleness: int = 0
     pools: tuple[PoolReport, ...]
 
     @property
@@ -158,7 +166,8 @@ class RoundSum(Message):
 
     Either a total of the regions' encodings (`summed`, to be divided by `total_share`), which only the
     regions can decode, or the weighted combination, encoded with the job's downlink codec (its `norm` is
-    then known).
+    then known). `lands_in` is the round during which it is taken up; None: at once. A sum of no regions changes
+    nothing: the round was given up while the next was under way.
     """
 
     round: int
@@ -171,6 +180,27 @@ class RoundSum(Message):
     fold_s: float
     summed: bool = False
     total_share: float = 1.0
+    lands_in: int | None = None
+
+    @classmethod
+    def of_nothing(cls, plan: RoundPlan, lands_in: int | None) -> RoundSum:
+        """The sum of a round that was given up."""
+        return cls(
+            round=plan.round,
+            attempt=plan.attempt,
+            regions=(),
+            weights=(),
+            chunk_bytes=(),
+            norm=None,
+            fold_s=0.0,
+            lands_in=lands_in,
+        )
+
+    @property
+    def chunks(self) -> range:
+        """Chunk ids that were merged."""
+        first = self.parts[0][0] if self.parts else 0
+        return range(first, first + len(self.chunk_bytes))
 
     @property
     def bytes_down(self) -> int:
@@ -181,6 +211,7 @@ class Applied(Message):
     """A region has applied the outer step of one round.
 
     `pools` is filled after the first round since the start, when the optimizers hold their state.
+    `bytes_down` is what the region has fetched for it, and for the merges before it that it had missed.
     """
 
     region: str
@@ -188,6 +219,7 @@ class Applied(Message):
     model_digest: str
     eval_loss: float
     eval_tokens: int
+    bytes_down: int = 0
     apply_s: float
     eval_s: float
     pools: tuple[tuple[RankInfo, ...], ...] = ()

@@ -76,6 +76,8 @@ class RegionRow(_Row):
         bytes_up: encoded update sent to the aggregator.
         bytes_down: encoded sum received.
         compute_s: seconds of local training.
+        landing_s: seconds in the midst of training in which an earlier round's merged update was taken up.
+        staleness: merges between the model that the region started from and this one.
         sync_s: seconds of everything else: encoding, transfer, merging, applying.
         update_norm: L2 norm of the update.
         cursor: position in the region's data after the round.
@@ -91,6 +93,8 @@ class RegionRow(_Row):
     sync_s: Number
     update_norm: Number
     cursor: int
+    landing_s: Number = 0.0
+    staleness: int = 0
 
 
 class RoundRow(_Row):

@@ -51,6 +51,11 @@ class Bundle:
     sizes: tuple[int, ...]
     handles: tuple[Any, ...]
 
+    @property
+    def first(self) -> int:
+        """Its first chunk; 0 where it has none."""
+        return self.parts[0][0] if self.parts else 0
+
     @classmethod
     def join(cls, bundles: Iterable[Bundle]) -> Bundle:
         """One bundle of several that hold consecutive chunks, in any order."""

@@ -1,4 +1,4 @@
-"""Failure policy: what to do with a round in which regions are missing.
+"""Policies: when a round counts, what of the model it merges, and how long it waits for whom.
 
 A policy only decides; the driver acts. Below quorum nothing is committed: the round is
 tried again (survivors offer the same update, lost regions come back and redo theirs),
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from xcloud.registry import PartConfig
 
-__all__ = ["Action", "Decision", "FailureConfig", "decide"]
+__all__ = ["Action", "BufferConfig", "Decision", "FailureConfig", "StreamingConfig", "decide"]
 
 
 class Action(str, Enum):
@@ -55,16 +55,66 @@ class FailureConfig(PartConfig):
     max_restarts: Annotated[int, Field(ge=0)] = 5
 
 
-def decide(config: FailureConfig, regions: int, answered: Collection[str], attempt: int) -> Decision:
+class StreamingConfig(PartConfig):
+    """Merge a part of the model at a time, while training goes on (Streaming DiLoCo, arXiv 2501.18512).
+
+    Attributes:
+        fragments: parts of the model, of every so-many-th layer each. A round merges one of them, in turn.
+        overlap: inner steps of the next round before a merged update is taken up; 0: regions wait for it.
+        alpha: share of the local weights that stays when it is; null: 0.5 with overlap, else 0.
+    """
+
+    fragments: Annotated[int, Field(ge=1, le=256)] = 1
+    overlap: Annotated[int, Field(ge=0)] = 0
+    alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @property
+    def mix(self) -> float:
+        """Share of the local weights that stays."""
+        return (0.5 if self.overlap else 0.0) if self.alpha is None else self.alpha
+
+    @property
+    def keeps_local(self) -> bool:
+        """Whether a region's model differs from the anchor between two rounds."""
+        return self.fragments > 1 or self.overlap > 0 or self.mix > 0
+
+
+class BufferConfig(PartConfig):
+    """Merge as soon as some regions have answered; nobody waits for the slowest.
+
+    A region whose update is merged goes on from the newest model; one that is still at work is let finish, and
+    its update counts in a later merge, by less the older the model that it started from (FedBuff, arXiv
+    2106.06639; quorum and grace window as in Decoupled DiLoCo, arXiv 2604.21428).
+
+    Attributes:
+        goal: updates that a merge waits for.
+        grace_s: seconds that it waits for more once it has them.
+        power: an update counts by `(1 + staleness) ** -power`; staleness is the number of merges since its start.
+        max_staleness: a region that falls further behind is late: its update is dropped and it starts anew.
+    """
+
+    goal: Annotated[int, Field(ge=1)] = 1
+    grace_s: Annotated[float, Field(ge=0)] = 0.0
+    power: Annotated[float, Field(ge=0)] = 0.5
+    max_staleness: Annotated[int, Field(ge=1)] = 16
+
+    def factor(self, staleness: int) -> float:
+        """What an update of this staleness counts."""
+        return float((1 + staleness) ** -self.power)
+
+
+def decide(
+    config: FailureConfig, regions: int, quorum: int, answered: Collection[str], attempt: int
+) -> Decision:
     """Decide on a round from the regions that answered.
 
     Args:
         config: the job's failure policy.
         regions: regions in the job.
+        quorum: regions that the round cannot do without.
         answered: names of those with a complete update.
         attempt: this attempt's number, from 1.
     """
-    quorum = regions if config.quorum is None else config.quorum
     got = f"{len(answered)} of {regions} regions answered, quorum is {quorum}"
     if len(answered) >= quorum:
         return Decision(Action.MERGE, got)

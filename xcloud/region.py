@@ -47,12 +47,15 @@ from xcloud.messages import (
 )
 from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.quiet import quiet_environment
-from xcloud.training.spec import Offer, Trained, WorkerSpec
+from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import call, gather
 from xcloud.update import adds_up
 
 __all__ = ["ClusterRegion", "Region"]
+
+BESIDE = "beside"
+"""The ranks' second thread, in which merged updates arrive while they train."""
 
 
 class RankActor:
@@ -96,6 +99,10 @@ class Pool:
         """Call a method on every rank; references in rank order."""
         return [rank.call.remote(method, *args) for rank in self.ranks]
 
+    def tell(self, method: str, *args: Any) -> list[Any]:
+        """Like `ask`, beside whatever the ranks are doing."""
+        return [rank.call.options(concurrency_group=BESIDE).remote(method, *args) for rank in self.ranks]
+
 
 @dataclass
 class Pending:
@@ -131,6 +138,7 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         outer=job.outer,
         codec=job.codec,
         downlink=job.downlink,
+        streaming=job.streaming,
         job=job.name,
         members=len(job.regions),
         tokenizer=job.tokenizer,
@@ -199,7 +207,7 @@ class Region:
             for reference in pool.ask("start", *meeting)
         ]
         gather(started)
-        self._agree([reference for pool in self.pools for reference in pool.ask("digests")])
+        self._agree(gather([reference for pool in self.pools for reference in pool.ask("digests")]))
         return self._ready(evaluate)
 
     def _spawn(self, group: PlacementGroup, index: int, pool: PoolConfig, rank: int) -> Any:
@@ -214,7 +222,9 @@ class Region:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, rank),
             "runtime_env": {"env_vars": environment},
         }
-        return ray.remote(RankActor).options(**options).remote(spec, self.blobs, self._progress_sink)
+        groups = {BESIDE: 1} if self.job.streaming.overlap else None
+        actor = ray.remote(concurrency_groups=groups)(RankActor) if groups else ray.remote(RankActor)
+        return actor.options(**options).remote(spec, self.blobs, self._progress_sink)
 
     # -- one round ------------------------------------------------------------------------
 
@@ -230,8 +240,14 @@ class Region:
                 f"region {self.name!r} holds model {self.model_digest[:12]}, "
                 f"round {plan.round} was planned for {plan.model_digest[:12]}"
             )
-        if self.pending is None or self.pending.report.round != plan.round:
+        again = self.pending is not None and (self.pending.report.round == plan.round or self.job.buffer)
+        if not again:
             self.pending = self._train(plan)
+            if (
+                self.job.streaming.keeps_local or self.job.buffer
+            ):  # trained on, whatever becomes of the update
+                self.cursor = self.pending.report.cursor
+        assert self.pending is not None
         self.pending.report = self.pending.report.model_copy(update={"attempt": plan.attempt})
         return self.pending.report, self.pending.handles
 
@@ -282,6 +298,7 @@ class Region:
             parts=bundle.parts,
             compute_s=max(report.compute_s for report in reports),
             encode_s=encode_s,
+            landing_s=max(trained.landing_s for ranks in worked for trained, _ in ranks),
             pools=reports,
         )
         return Pending(report, list(bundle.handles))
@@ -294,37 +311,58 @@ class Region:
         readers = [PartReader(self.blobs.get, bundle) for bundle in bundles]
         lengths = [size // 4 for size in bundles[0].sizes]
         writer = PartWriter(self.blobs.put, lengths)
-        for chunk, length in enumerate(lengths):
+        for chunk, length in enumerate(lengths, start=bundles[0].first):
             out = writer.slot(length)
             mean.combine([reader.read(chunk).view(np.float32) for reader in readers], weights, out)
             writer.add(chunk, out.view(np.uint8))
         return writer.finish()
 
     def apply(self, total: RoundSum, handles: Sequence[Handle], evaluate: bool) -> Applied:
-        """Take the outer step from the merged update; the round is this region's new start.
+        """Take the outer step from the merged update, now or during the round that `total` names.
 
         Raises:
             DivergenceError: pools of this region end with different models.
         """
         began = time.perf_counter()
         merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
-        self._agree([reference for pool in self.pools for reference in pool.ask("apply", total, merged)])
-        if self.pending is not None and self.name in total.regions:
-            self.cursor = self.pending.report.cursor
-        self.pending = None
-        applied = time.perf_counter()
-        loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
-        infos, self._shown = () if self._shown else self._infos(), True
+        evaluate = evaluate and self.job.evaluation.sequences > 0
+        idle = total.lands_in is None
+        asked = [
+            pool.ask("apply", total, merged, evaluate and index == 0)
+            if idle
+            else pool.tell("deliver", total, merged, evaluate and index == 0)
+            for index, pool in enumerate(self.pools)
+        ]
+        gather([reference for references in asked for reference in references])
+        landed: list[list[Landed]] = [gather(references) for references in asked]
+        self._agree([rank.digests for ranks in landed for rank in ranks])
+        self._merged(total)
+        tokens = sum(rank.eval_tokens for rank in landed[0])
+        eval_s = max(rank.eval_s for rank in landed[0])
+        show = idle and not self._shown
+        self._shown = self._shown or show
         return Applied(
             region=self.name,
             round=total.round,
             model_digest=self.model_digest,
-            eval_loss=loss,
+            eval_loss=sum(rank.eval_loss_sum for rank in landed[0]) / tokens if tokens else math.nan,
             eval_tokens=tokens,
-            apply_s=applied - began,
-            eval_s=time.perf_counter() - applied,
-            pools=infos,
+            bytes_down=total.bytes_down,
+            apply_s=time.perf_counter() - began - eval_s,
+            eval_s=eval_s,
+            pools=self._infos() if show else (),
         )
+
+    def _merged(self, total: RoundSum) -> None:
+        """The update that waited is over, unless it may still count in a later merge."""
+        with self._lock:
+            if self.pending is None or self.pending.report.round > total.round:
+                return
+            if self.name in total.regions:
+                self.cursor = self.pending.report.cursor
+            elif self.job.buffer:
+                return
+            self.pending = None
 
     def discard(self) -> None:
         """Give up the local work since the last commit; its data will be read again."""
@@ -349,7 +387,7 @@ class Region:
             CheckpointError: the checkpoint is damaged or does not fit.
         """
         gather([reference for pool in self.pools for reference in pool.ask("restore", url, order)])
-        self._agree([reference for pool in self.pools for reference in pool.ask("digests")])
+        self._agree(gather([reference for pool in self.pools for reference in pool.ask("digests")]))
         if self.model_digest != order.model_digest:
             raise DivergenceError(
                 f"region {self.name!r} loaded model {self.model_digest[:12]} from round {order.round}, "
@@ -376,6 +414,7 @@ class Region:
             parameters=manifest.size,
             chunks=manifest.chunk_count,
             layout=tuple((chunk.length, chunk.matrices) for chunk in manifest.layout),
+            fragments=tuple((chunks.start, chunks.stop) for chunks in manifest.fragments),
             data=data,
             data_fingerprint=fingerprint,
             train_sequences=sequences,
@@ -396,10 +435,10 @@ class Region:
         tokens = sum(count for _, count in parts)
         return sum(loss for loss, _ in parts) / tokens, tokens
 
-    def _agree(self, references: Sequence[Any]) -> None:
+    def _agree(self, ranks: Sequence[dict[int, str]]) -> None:
         """Fold the ranks' chunk digests into the model's; pools must hold the same."""
         seen: dict[int, str] = {}
-        for digests in gather(references):
+        for digests in ranks:
             for chunk, digest in digests.items():
                 if seen.setdefault(chunk, digest) != digest:
                     raise DivergenceError(

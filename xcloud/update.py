@@ -15,6 +15,8 @@ knows of torch, DeepSpeed or Ray.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xxhash
 
@@ -73,13 +75,19 @@ class UpdatePath:
     """
 
     def __init__(
-        self, codec: Codec, downlink: Codec, framing: Framing, layout: tuple[ChunkLayout, ...], owned: range
+        self,
+        codec: Codec,
+        downlink: Codec,
+        framing: Framing,
+        layout: tuple[ChunkLayout, ...],
+        owned: Sequence[int],
     ) -> None:
         self.codec, self.downlink, self.framing = codec, downlink, framing
         self.layout, self.owned = layout, owned
         self.scales: dict[int, Array] = {}
         self.residual: dict[int, Array] = {}
         self._fresh: dict[int, Array] = {}
+        self._spare: dict[int, Array] = {}
         if codec.feedback:
             self.residual = {c: np.zeros(layout[c].length, np.float32) for c in owned}
 
@@ -99,7 +107,8 @@ class UpdatePath:
         if self.codec.feedback:
             lost = self._fresh.get(chunk)
             if lost is None:
-                lost = self._fresh[chunk] = np.empty_like(delta)
+                spare = self._spare.pop(chunk, None)
+                lost = self._fresh[chunk] = np.empty_like(delta) if spare is None else spare
             np.subtract(delta, self.codec.decode(encoded, delta.size, frame), out=lost)
             if factor > 0:
                 lost /= factor
@@ -124,16 +133,20 @@ class UpdatePath:
             self.scales[chunk] = scale
         return merged
 
-    def settle(self, merged: bool) -> None:
-        """The round is over: what its encodings lost counts from now on, if they were merged."""
-        if merged:
-            self.residual, self._fresh = (
-                {**self.residual, **self._fresh},
-                self.residual if self._fresh else {},
-            )
+    def settle(self) -> None:
+        """What was encoded last is merged: what its encoding lost counts from now on."""
+        for chunk, lost in self._fresh.items():
+            self._spare[chunk], self.residual[chunk] = self.residual[chunk], lost
+        self._fresh = {}
+
+    def forget(self) -> None:
+        """What was encoded last will not be merged."""
+        self._spare |= self._fresh
+        self._fresh = {}
 
     def restore(self, residual: dict[int, Array]) -> None:
         """Take up the residual of a checkpoint; what it does not hold is zero."""
+        self.forget()
         for chunk, values in self.residual.items():
             values[:] = residual.get(chunk, 0.0)
 

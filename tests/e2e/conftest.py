@@ -10,7 +10,7 @@ import pytest
 
 from tests.factory import job_of, raw_job, region
 from xcloud.checkpoint import CheckpointStore, CommitRecord
-from xcloud.driver import train
+from xcloud.launch import train
 from xcloud.metrics import RunLog
 
 ROUNDS = 6

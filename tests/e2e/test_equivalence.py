@@ -14,7 +14,7 @@ from tests.training.workers import MemoryBlobs, start_worker
 from xcloud.aggregators import MeanConfig
 from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.config import JobConfig, PoolConfig
-from xcloud.driver import train
+from xcloud.launch import train
 from xcloud.messages import RoundPlan, RoundSum
 from xcloud.metrics import RunLog, read_rounds
 from xcloud.parts import PartReader, PartWriter
@@ -96,7 +96,7 @@ def play_round(workers: list[RankWorker], number: int) -> None:
         norm=None,
         fold_s=0.0,
     )
-    digests = [worker.apply(total, merged) for worker in workers]
+    digests = [worker.apply(total, merged).digests for worker in workers]
     assert all(d == digests[0] for d in digests)
 
 

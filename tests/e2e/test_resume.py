@@ -17,7 +17,7 @@ import pytest
 import ray
 import yaml
 
-import xcloud.driver
+import xcloud.launch
 from tests.e2e.conftest import ROUNDS, Finished, play
 from tests.e2e.test_equivalence import committed_model
 from xcloud.checkpoint import CheckpointStore
@@ -128,7 +128,7 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> dict[str, ClusterRegion]:
             super().__init__(job, name, **rest)
             found[name] = self
 
-    monkeypatch.setattr(xcloud.driver, "ClusterRegion", Recorded)
+    monkeypatch.setattr(xcloud.launch, "ClusterRegion", Recorded)
     return found
 
 

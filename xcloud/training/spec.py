@@ -8,9 +8,10 @@ from xcloud.codecs import CodecConfig
 from xcloud.data import SourceConfig, TokenizerConfig
 from xcloud.outer import OuterConfig
 from xcloud.parts import Bundle
+from xcloud.policies import StreamingConfig
 from xcloud.training.settings import EngineConfig, InnerConfig, ModelConfig
 
-__all__ = ["Offer", "Trained", "WorkerSpec"]
+__all__ = ["Landed", "Offer", "Trained", "WorkerSpec"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class WorkerSpec:
     outer: OuterConfig
     codec: CodecConfig
     downlink: CodecConfig
+    streaming: StreamingConfig
     job: str
     members: int
     tokenizer: TokenizerConfig
@@ -60,3 +62,15 @@ class Trained:
     steps: int
     tokens: int
     seconds: float
+    landing_s: float = 0.0
+    """Seconds that the inner steps waited for an earlier round's merged update and for its outer step."""
+
+
+@dataclass(frozen=True)
+class Landed:
+    """One rank has taken up a merged update: digests of its anchor chunks, and its share of an evaluation."""
+
+    digests: dict[int, str]
+    eval_loss_sum: float
+    eval_tokens: int
+    eval_s: float

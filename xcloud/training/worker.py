@@ -9,6 +9,11 @@ A round, seen from here:
    rank of the pool loads the new anchor into its engine. Digests of the chunks show that
    all regions hold the same model.
 
+Streaming DiLoCo (arXiv 2501.18512) changes two things. Only the chunks of the round's fragment are offered and
+applied. With overlap the merged update comes by `deliver`, in a second thread and while the next round trains, and
+is taken up after that round's first `overlap` inner steps: local = alpha local + (1 - alpha) anchor. If it is not
+there by then, the steps wait for it.
+
 The anchor (the last committed model) and the outer state live in host memory, each rank
 holding only the chunks it owns. The worker is plain Python: `region` wraps it in an actor.
 """
@@ -17,8 +22,11 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +37,16 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from xcloud.checkpoint import CheckpointStore, chunk_files
+from xcloud.checkpoint import CheckpointStore, ChunkFile, chunk_files
 from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
-from xcloud.errors import CheckpointError, NonFiniteUpdateError
+from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
 from xcloud.training.models import build_model, trainable
 from xcloud.training.parameters import open_parameters
-from xcloud.training.spec import Offer, Trained, WorkerSpec
+from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
 from xcloud.update import Framing, UpdatePath
 
 __all__ = ["RankWorker"]
@@ -47,6 +55,17 @@ Array = npt.NDArray[np.float32]
 
 BLOCK = 1 << 16
 PROGRESS_EVERY_S = 1.0
+
+Gradient = Callable[[int], Array]
+"""A chunk's merged update (fp32), by its id."""
+
+
+@dataclass
+class Landing:
+    """A merged update on its way into a round that is under way: handed over, then taken up."""
+
+    arrived: Future[tuple[RoundSum, Gradient, bool]] = field(default_factory=Future)
+    landed: Future[Landed] = field(default_factory=Future)
 
 
 class RankWorker:
@@ -63,6 +82,8 @@ class RankWorker:
         self.blobs = blobs
         self.progress = progress
         self.node = node or socket.gethostname()
+        self._landings: dict[int, Landing] = {}
+        self._lock = threading.Lock()
 
     def start(self, address: str, port: int) -> RankInfo:
         """Join the pool's process group, pack the data, build model and engine, load the anchor."""
@@ -73,15 +94,23 @@ class RankWorker:
         self._open_data(tokenizer)
         model = build_model(spec.model, tokenizer.vocab_size, spec.seed)
         named = trainable(model)
-        self.manifest = Manifest.of(((n, tuple(p.shape)) for n, p in named.items()), spec.chunk_size)
-        self.owned = self.manifest.owned(spec.rank, spec.world)
+        shapes = [(n, tuple(p.shape)) for n, p in named.items()]
+        try:
+            self.manifest = Manifest.of(shapes, spec.chunk_size, spec.streaming.fragments)
+        except ValueError as error:
+            raise ConfigError(f"streaming.fragments: {error}") from None
+        self.runs = self.manifest.owned(spec.rank, spec.world)
+        self.owned = tuple(chunk for run in self.runs for chunk in run)
+        lengths = [self.manifest.chunk_length(c) for c in self.owned]
+        starts = np.cumsum([0, *lengths]).tolist()
+        self._places = {c: slice(starts[i], starts[i + 1]) for i, c in enumerate(self.owned)}
         typical = (
             0.5 * spec.inner.optimizer.lr * max(1, spec.inner.steps) ** 0.5
         )  # Adam's steps are about lr long
         framing = Framing(spec.job, spec.seed, spec.members, spec.region, typical)
         codecs = spec.codec.build(), spec.downlink.build()
         self.path = UpdatePath(*codecs, framing, self.manifest.layout, self.owned)
-        self.writer = PartWriter(self.blobs.put, [self.manifest.chunk_length(c) for c in self.owned])
+        self.writer = PartWriter(self.blobs.put, lengths)
         self.outer = spec.outer.build()
         self.anchor = self._empty_owned()
         self._gather(lambda name: named[name].data.reshape(-1), self.anchor)
@@ -89,6 +118,7 @@ class RankWorker:
         self.engine = build_engine(model, spec.engine, spec.inner, spec.world)
         self.parameters = open_parameters(self.engine, spec.engine.zero_stage)
         self._spread(self.anchor, self.parameters.write)
+        self._digests = self._digested()
         return self.info()
 
     def info(self) -> RankInfo:
@@ -123,9 +153,12 @@ class RankWorker:
         stride = micro * spec.world
         losses = torch.zeros((), dtype=torch.float32, device=self.device)
         began = told = time.perf_counter()
+        landing_s = 0.0
         engine.train()
         generator = torch.cuda.default_generators[0] if spec.on_gpu else torch.default_generator
         for step in range(plan.inner_steps):
+            if plan.landing is not None and step == spec.streaming.overlap:
+                landing_s = self._take_up(plan.landing)
             overall = (plan.round - 1) * spec.inner.steps + step
             self._set_learning_rate(overall)
             generator.manual_seed(_mix(spec.seed, spec.region, spec.pool, spec.rank, overall))  # dropout
@@ -147,11 +180,12 @@ class RankWorker:
             loss_sum=float(losses),
             steps=passes,
             tokens=passes * micro * spec.sequence_length,
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - began - landing_s,
+            landing_s=landing_s,
         )
 
     def offer(self, plan: RoundPlan, share: float | None) -> Offer:
-        """This rank's own chunks of anchor - local.
+        """This rank's own chunks of anchor - local, those of the round's fragment.
 
         Args:
             plan: of the round.
@@ -163,11 +197,13 @@ class RankWorker:
         """
         began = time.perf_counter()
         norm_squared = 0.0
-        delta = self.anchor[:0]
+        delta, chunks = self.anchor[:0], self._merged_in(plan)
         for index, spec in enumerate(self.manifest.parameters):
+            if not self._within(index, chunks):
+                continue
             local = _to_numpy(self.parameters.read(spec.name))
             for seg in self.manifest.segments[index]:
-                if seg.chunk not in self.owned:
+                if seg.chunk not in self._places:
                     continue
                 if seg.chunk_start == 0:
                     delta = self.writer.slot(self.manifest.chunk_length(seg.chunk))
@@ -194,58 +230,126 @@ class RankWorker:
         """Encode this rank's own chunks of the mean of the region's pools (fp32)."""
         began, norm_squared, reader = time.perf_counter(), 0.0, PartReader(self.blobs.get, merged)
         for chunk in self.owned:
+            if chunk not in self._merged_in(plan):
+                continue
             delta = self.writer.slot(self.manifest.chunk_length(chunk))
             delta[:] = reader.read(chunk).view(np.float32)
             norm_squared += float(np.dot(delta, delta))
             self.writer.add(chunk, self.path.encode(plan.round, chunk, delta, share))
         return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began)
 
-    def apply(self, total: RoundSum, merged: Bundle) -> dict[int, str]:
-        """The outer step on this rank's chunks, then the new anchor into every engine of the pool.
+    def apply(self, total: RoundSum, merged: Bundle, evaluate: bool = False) -> Landed:
+        """Take up a merged update now, between two rounds.
 
         Args:
-            total: header of the merged update.
-            merged: all its chunks; those of other ranks are not fetched.
-
-        Returns:
-            Digest of each owned anchor chunk.
+            total: header of the merged update; one of no region changes nothing.
+            merged: its chunks; those of other ranks are not fetched.
+            evaluate: the new model, too.
         """
         reader = PartReader(self.blobs.get, merged)
-        digests: dict[int, str] = {}
-        alone, hasher = self.spec.world == 1, xxhash.xxh3_128()
-        gradient = self.anchor[:0]
+        return self._land(total, lambda chunk: self.path.decode(chunk, reader.read(chunk), total), evaluate)
+
+    def deliver(self, total: RoundSum, merged: Bundle, evaluate: bool = False) -> Landed:
+        """Hand a merged update to the round that is under way, from another thread; see `apply`.
+
+        Everything that waits for the network happens here. Returns when the round has taken it up.
+        """
+        landing = self._landing(total.round)
+        try:
+            reader = PartReader(self.blobs.get, merged)
+            mine = [chunk for chunk in self.owned if chunk in total.chunks]
+            ready = {chunk: self.path.decode(chunk, reader.read(chunk), total) for chunk in mine}
+        except BaseException as error:
+            landing.arrived.set_exception(error)  # the round waits for it
+            raise
+        landing.arrived.set_result((total, ready.__getitem__, evaluate))
+        return landing.landed.result()
+
+    def _landing(self, round: int) -> Landing:
+        with self._lock:
+            return self._landings.setdefault(round, Landing())
+
+    def _take_up(self, round: int) -> float:
+        """Wait for the merged update of an earlier round and land it; returns the seconds it took."""
+        began, landing = time.perf_counter(), self._landing(round)
+        try:
+            landing.landed.set_result(self._land(*landing.arrived.result()))
+        except BaseException as error:
+            landing.landed.set_exception(error)
+            raise
+        self.engine.train()
+        del self._landings[round]
+        return time.perf_counter() - began
+
+    def _land(self, total: RoundSum, gradient: Gradient, evaluate: bool) -> Landed:
+        """The outer step on this rank's chunks, then the new anchor into every engine of the pool."""
+        alone, write = (
+            self.spec.world == 1,
+            self._write_mixed if self.spec.streaming.mix else self.parameters.write,
+        )
+        hasher = xxhash.xxh3_128()
+        merged = self.anchor[:0]
         for index, spec in enumerate(self.manifest.parameters):  # elementwise, so any cut gives the same bits
+            if not self._within(index, total.chunks):
+                continue
             for seg in self.manifest.segments[index]:
-                if seg.chunk not in self.owned:
+                if seg.chunk not in self._places:
                     continue
                 anchor = self._chunk(self.anchor, seg.chunk)
                 if seg.chunk_start == 0:
-                    gradient = self.path.decode(seg.chunk, reader.read(seg.chunk), total)
+                    merged = gradient(seg.chunk)
                 slots = {slot: self._chunk(values, seg.chunk) for slot, values in self.outer_state.items()}
                 for start, stop in _blocks(seg.length):
                     at = slice(seg.chunk_start + start, seg.chunk_start + stop)
                     self.outer.step(
-                        anchor[at], gradient[at], {slot: values[at] for slot, values in slots.items()}
+                        anchor[at], merged[at], {slot: values[at] for slot, values in slots.items()}
                     )
                     hasher.update(anchor[at])
                 if seg.chunk_start + seg.length == anchor.size:
-                    digests[seg.chunk] = hasher.hexdigest()
+                    self._digests[seg.chunk] = hasher.hexdigest()
                     hasher.reset()
             if alone:  # while the parameter is still in cache
-                own = self.anchor[spec.offset : spec.offset + spec.size]
-                self.parameters.write(spec.name, torch.from_numpy(own))
+                write(spec.name, torch.from_numpy(self.anchor[spec.offset : spec.offset + spec.size]))
         if not alone:
-            self._spread(self.anchor, self.parameters.write)
-        self.path.settle(self.spec.region in total.regions)
-        return digests
+            self._spread(self.anchor, write, total.chunks)
+        if self.spec.region in total.regions:
+            self.path.settle()
+        elif not total.regions:
+            self.path.forget()
+        began = time.perf_counter()
+        loss, tokens = self._evaluate_anchor() if evaluate else (0.0, 0)
+        return Landed(dict(self._digests), loss, tokens, time.perf_counter() - began)
+
+    def _write_mixed(self, name: str, anchor: torch.Tensor) -> None:
+        """A share of the local weights stays; collective as `read` is."""
+        mix, local = self.spec.streaming.mix, self.parameters.read(name)
+        self.parameters.write(name, torch.lerp(anchor.to(local.device), local, mix))
+
+    def _evaluate_anchor(self) -> tuple[float, int]:
+        """Like `evaluate`, of the anchor, where the local model is another one."""
+        if not self.spec.streaming.keeps_local:
+            return self.evaluate()
+        local = self._empty_owned()
+        self._gather(self.parameters.read, local)
+        self._spread(self.anchor, self.parameters.write)
+        try:
+            return self.evaluate()
+        finally:
+            self._spread(local, self.parameters.write)
 
     def digests(self) -> dict[int, str]:
         """Digest of each owned anchor chunk (xxh3-128 over its fp32 bytes)."""
+        self._digests = self._digested()
+        return dict(self._digests)
+
+    def _digested(self) -> dict[int, str]:
         return {c: xxhash.xxh3_128_hexdigest(self._chunk(self.anchor, c)) for c in self.owned}
 
     def discard(self) -> None:
-        """Give up local training since the last commit: back to the anchor."""
-        self._spread(self.anchor, self.parameters.write)
+        """Give up the update that was offered; local training too, unless local models go their own way."""
+        self.path.forget()
+        if not self.spec.streaming.keeps_local:
+            self._spread(self.anchor, self.parameters.write)
 
     def evaluate(self) -> tuple[float, int]:
         """Sum of token losses and number of predicted tokens over this rank's share of held-out text."""
@@ -277,7 +381,7 @@ class RankWorker:
             model = self._by_chunk({"anchor": self.anchor, **self.outer_state})
             if self.path.scales:
                 model["scale"] = self.path.scales
-            written += store.write_tensors(round, "model/", self.owned, model, {})
+            written += self._write(store, round, "model/", model, {})
         keys, scalars = self._inner_layout()
         inner = {}
         for key in keys:
@@ -287,8 +391,12 @@ class RankWorker:
         tensors = self._by_chunk(inner)
         if self.path.residual:
             tensors["residual"] = self.path.residual
+        if self.spec.streaming.keeps_local:
+            local = self._empty_owned()
+            self._gather(self.parameters.read, local)
+            tensors |= self._by_chunk({"local": local})
         if tensors or scalars["loss_scale"]:
-            written += store.write_tensors(round, self._inner_prefix(), self.owned, tensors, scalars)
+            written += self._write(store, round, self._inner_prefix(), tensors, scalars)
         return written
 
     def restore(self, url: str, order: RestoreOrder) -> None:
@@ -298,7 +406,7 @@ class RankWorker:
             CheckpointError: the checkpoint does not hold what this job needs.
         """
         store = CheckpointStore(url)
-        model, _ = store.read_tensors(order.round, chunk_files(order.files, "model/"), self.owned)
+        model, _ = self._read(store, order.round, chunk_files(order.files, "model/"))
         self.path.scales = model.pop("scale", {})
         if self.owned and set(model) != {"anchor", *self.outer_state}:
             raise CheckpointError(
@@ -309,7 +417,8 @@ class RankWorker:
             self._fill(values, model.get(name, {}))
         self._spread(self.anchor, self.parameters.write)
         files = chunk_files(order.files, self._inner_prefix())
-        inner, scalars = store.read_tensors(order.round, files, self.owned)
+        inner, scalars = self._read(store, order.round, files)
+        local = inner.pop("local", {})
         self.path.restore(inner.pop("residual", {}))
         names = sorted(inner)
         if self.spec.world > 1:  # a rank that owns no chunk learns the layout from the others
@@ -321,16 +430,50 @@ class RankWorker:
             values = self._empty_owned()
             self._fill(values, inner.get(name, {}))
             self._spread(values, partial(self.parameters.write, key=name))
+        if self.spec.streaming.keeps_local and order.inner_round == order.round:
+            values = self._empty_owned()
+            self._fill(values, local)
+            self._spread(values, self.parameters.write)
+        self._landings.clear()
+
+    def _write(
+        self, store: CheckpointStore, round: int, prefix: str, tensors: Any, scalars: dict[str, Any]
+    ) -> list[CheckpointFile]:
+        """Write the owned chunks, a run of consecutive ones at a time."""
+        return [
+            file for run in self.runs for file in store.write_tensors(round, prefix, run, tensors, scalars)
+        ]
+
+    def _read(
+        self, store: CheckpointStore, round: int, files: Sequence[ChunkFile]
+    ) -> tuple[dict[str, dict[int, Array]], dict[str, Any]]:
+        """Read the owned chunks."""
+        tensors: dict[str, dict[int, Array]] = {}
+        scalars: dict[str, Any] = {}
+        for run in self.runs:
+            found, told = store.read_tensors(round, files, run)
+            for name, parts in found.items():
+                tensors.setdefault(name, {}).update(parts)
+            scalars |= told
+        return tensors, scalars
 
     # -- chunks and parameters ------------------------------------------------------------
+
+    def _merged_in(self, plan: RoundPlan) -> range:
+        """Chunk ids of the fragment that a round merges."""
+        return range(*plan.chunks) if plan.chunks else range(self.manifest.chunk_count)
+
+    def _within(self, parameter: int, chunks: range) -> bool:
+        """Whether a parameter lies in these chunks, which are whole fragments."""
+        segments = self.manifest.segments[parameter]
+        return bool(segments) and segments[0].chunk in chunks
 
     def _empty_owned(self) -> Array:
         return np.zeros(sum(self.manifest.chunk_length(c) for c in self.owned), np.float32)
 
     def _chunk(self, owned: Array, chunk: int) -> Array:
         """View of one chunk in a vector over the owned chunks."""
-        start = (chunk - self.owned.start) * self.manifest.chunk_size
-        return owned[start : start + self.manifest.chunk_length(chunk)]
+        return owned[self._places[chunk]]
 
     def _by_chunk(self, flats: dict[str, Array]) -> dict[str, dict[int, Array]]:
         return {name: {c: self._chunk(flat, c) for c in self.owned} for name, flat in flats.items()}
@@ -344,30 +487,33 @@ class RankWorker:
         for index, spec in enumerate(self.manifest.parameters):
             full = _to_numpy(read(spec.name))
             for seg in self.manifest.segments[index]:
-                if seg.chunk in self.owned:
+                if seg.chunk in self._places:
                     target = self._chunk(owned, seg.chunk)[seg.chunk_start : seg.chunk_start + seg.length]
                     target[:] = full[seg.parameter_start : seg.parameter_start + seg.length]
 
-    def _spread(self, owned: Array, write: Callable[[str, torch.Tensor], None]) -> None:
-        """Hand every full parameter to `write`, its parts broadcast by the ranks that own them."""
+    def _spread(
+        self, owned: Array, write: Callable[[str, torch.Tensor], None], chunks: range | None = None
+    ) -> None:
+        """Hand every full parameter (of a fragment) to `write`, its parts broadcast by the ranks that own them."""
         world = self.spec.world
+        within = [
+            (spec, self.manifest.segments[index])
+            for index, spec in enumerate(self.manifest.parameters)
+            if chunks is None or self._within(index, chunks)
+        ]
         if world == 1:
             flat = torch.from_numpy(owned)
-            for spec in self.manifest.parameters:
+            for spec, _ in within:
                 write(spec.name, flat[spec.offset : spec.offset + spec.size])
             return
-        owners = np.zeros(self.manifest.chunk_count, np.int64)
-        for rank in range(world):
-            owned_by = self.manifest.owned(rank, world)
-            owners[owned_by.start : owned_by.stop] = rank
-        for index, spec in enumerate(self.manifest.parameters):
+        owners = {c: r for r in range(world) for run in self.manifest.owned(r, world) for c in run}
+        for spec, segments in within:
             full = torch.empty(spec.size, dtype=torch.float32, device=self.device)
-            segments = self.manifest.segments[index]
             for seg in segments:
                 if owners[seg.chunk] == self.spec.rank:
                     own = self._chunk(owned, seg.chunk)[seg.chunk_start : seg.chunk_start + seg.length]
                     full[seg.parameter_start : seg.parameter_start + seg.length] = torch.from_numpy(own)
-            for rank in sorted({int(owners[seg.chunk]) for seg in segments}):
+            for rank in sorted({owners[seg.chunk] for seg in segments}):
                 parts = [seg for seg in segments if owners[seg.chunk] == rank]
                 start, stop = parts[0].parameter_start, parts[-1].parameter_start + parts[-1].length
                 dist.broadcast(full[start:stop], src=rank)

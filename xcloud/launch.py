@@ -1,0 +1,68 @@
+"""Sets a run up and plays it: checkpoints, run folder, Ray, regions, aggregator."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from functools import partial
+from pathlib import Path
+
+from xcloud.aggregation import ClusterAggregation
+from xcloud.checkpoint import CheckpointStore
+from xcloud.cloud.session import ray_session
+from xcloud.config import JobConfig
+from xcloud.driver import Run
+from xcloud.fleet import Fleet
+from xcloud.ledger import Outcome, find_commit, keep_job
+from xcloud.metrics import RunLog
+from xcloud.region import ClusterRegion
+
+__all__ = ["train"]
+
+
+def train(
+    job: JobConfig,
+    *,
+    run_dir: Path,
+    log: RunLog,
+    address: str | None = None,
+    resume: bool = False,
+    stop: threading.Event | None = None,
+    stop_after: int | None = None,
+) -> Outcome:
+    """Train a job on a Ray cluster, or on one started here.
+
+    Raises:
+        XCloudError: what went wrong, in one line; the last committed round stays.
+    """
+    store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
+    record = find_commit(job, store, run_dir, resume)
+    keep_job(job, run_dir)
+    log.rewind(record.round if record else 0)
+    names = [region.name for region in job.regions]
+    with ray_session(address, job.cpus) as session:
+        log.event(
+            "run_started",
+            job=job.name,
+            rounds=job.rounds,
+            run_dir=str(run_dir),
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            regions=names,
+            simulation=True,  # regions that share a Ray cluster are not isolated from one another
+            resumed_round=record.round if record else None,
+        )
+        build = partial(ClusterRegion, job, enforce_labels=not session.local, checkpoint_url=store.url)
+        fleet = Fleet(names, build, job.failure, log)
+        try:
+            aggregator = ClusterAggregation(job)
+            return Run(job, fleet, aggregator, store, log, stop or threading.Event()).play(record, stop_after)
+        except KeyboardInterrupt:
+            log.event("run_stopped", round=max(store.rounds(), default=0), reason="interrupted at once")
+            raise
+        except BaseException as error:
+            log.event("run_failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            fleet.close()
