@@ -20,6 +20,7 @@ import datetime as dt
 import importlib
 import importlib.metadata
 import json
+import keyword
 import math
 import operator
 import os
@@ -137,19 +138,23 @@ class Verdict:
 
 
 def available(folder: Path = HERE) -> dict[str, str]:
-    """Benchmarks in `folder`, each with the first line of its docstring; imports none of them."""
+    """Benchmarks in `folder`, each with the first line of its docstring; imports none of them.
+
+    A benchmark whose name is a keyword of Python lives in a module with an underscore behind it.
+    """
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
             docstring = ast.get_docstring(tree) or "(no docstring)"
-            found[path.stem] = docstring.splitlines()[0]
+            found[path.stem.rstrip("_")] = docstring.splitlines()[0]
     return found
 
 
 def load(name: str) -> Callable[[Options], Result]:
     """The `run` function of benchmark `name`."""
-    run: Callable[[Options], Result] = importlib.import_module(f"benchmarks.{name}").run
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    run: Callable[[Options], Result] = importlib.import_module(f"benchmarks.{module}").run
     return run
 
 

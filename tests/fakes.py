@@ -45,6 +45,7 @@ from xcloud.messages import (
 __all__ = ["AGGREGATOR", "FakeAggregator", "FakeRegion", "Fault", "World"]
 
 AGGREGATOR = "the aggregator"
+SHAPES = [("layers.0.weight", (1100,)), ("layers.1.weight", (1400,))]
 PARAMETERS = 2500
 TOKENS_PER_SEQUENCE = 10
 
@@ -149,13 +150,16 @@ class FakeRegion:
         self.world = world
         self.job = world.job
         self.settings = world.job.region(name)
-        self.manifest = Manifest.of([("weight", (PARAMETERS,))], self.job.chunk_size)
+        self.manifest = Manifest.of(SHAPES, self.job.chunk_size, self.job.streaming.fragments)
         self.chunks = range(self.manifest.chunk_count)
         self.outer = self.job.outer.build()
         self.alive = True
         self.started = False
         self.late: list[Future[Any]] = []
         self.asked_for_progress = 0
+        self.awaits: tuple[int, Future[Any], Callable[[], Any]] | None = None
+        """A round under way that waits for an earlier one's merged update, its answer, and how it goes on."""
+        self.landing: Callable[[], None] | None = None
 
     # -- life -----------------------------------------------------------------------------
 
@@ -164,6 +168,7 @@ class FakeRegion:
         self.world.calls[self.name, stage] += 1
         assert stage == "start" or self.started or not self.alive, f"{stage} before start"
         assert not self.late, f"{self.name} is busy and was asked to {stage}"
+        assert not self.awaits, f"{self.name} waits for a merged update and was asked to {stage}"
         kind = self.world.fault(self.name, stage, round)
         if kind == "late":
             return self._hold(work)
@@ -204,6 +209,9 @@ class FakeRegion:
         for future in self.late:
             future.set_exception(RegionError(self.name, "its process is gone"))
         self.late = []
+        if self.awaits:
+            self.awaits[1].set_exception(RegionError(self.name, "its process is gone"))
+        self.awaits = None
 
     def crash(self) -> None:
         """Die by itself, at any time."""
@@ -225,6 +233,7 @@ class FakeRegion:
         numbers = np.random.default_rng(self.job.seed)
         self.anchor = numbers.standard_normal(self.manifest.size).astype(np.float32)
         self.state = {slot: np.zeros_like(self.anchor) for slot in self.outer.slots}
+        self.local = self.anchor.copy()
         self.inner = np.zeros_like(self.anchor)
         self.inner_steps = 0
         self.cursor = 0
@@ -248,6 +257,7 @@ class FakeRegion:
             eval_loss=loss,
             eval_tokens=tokens,
             layout=tuple((chunk.length, chunk.matrices) for chunk in self.manifest.layout),
+            fragments=tuple((chunks.start, chunks.stop) for chunks in self.manifest.fragments),
         )
 
     @property
@@ -257,14 +267,22 @@ class FakeRegion:
     # -- one round ------------------------------------------------------------------------
 
     def run(self, plan: RoundPlan) -> Future[tuple[RegionReport, list[Any]]]:
-        return self._call("run", plan.round, lambda: self._run(plan))
+        if plan.landing is None:
+            return self._call("run", plan.round, lambda: self._run(plan))
+        answer = self._call("run", plan.round, lambda: None)
+        if answer.done() and answer.exception() is None:
+            answer = Future()
+            self.awaits = plan.landing, answer, lambda: self._run(plan)
+        return answer
 
     def _run(self, plan: RoundPlan) -> tuple[RegionReport, list[int]]:
         assert plan.manifest_digest == self.manifest.digest
         if plan.model_digest != self.digest:
             raise DivergenceError(f"{self.name} holds {self.digest}, not {plan.model_digest}")
-        if self.pending is None or self.pending[0].round != plan.round:
+        if self.pending is None or (self.pending[0].round != plan.round and not self.job.buffer):
             self.pending = self._train(plan)
+            if self.job.streaming.keeps_local or self.job.buffer:
+                self.cursor = self.pending[0].cursor
         report, handles = self.pending
         self.pending = report.model_copy(update={"attempt": plan.attempt}), handles
         return self.pending
@@ -272,14 +290,19 @@ class FakeRegion:
     def _train(self, plan: RoundPlan) -> tuple[RegionReport, list[int]]:
         end = self.cursor + plan.inner_steps * self.settings.sequences_per_step
         self.world.trained.append((self.name, plan.round, self.cursor, end))
-        local, loss = self.anchor.copy(), math.nan
-        for sequence in range(self.cursor, end):
+        if not self.job.streaming.keeps_local:
+            self.local = self.anchor.copy()
+        local, loss, step = self.local, math.nan, self.settings.sequences_per_step
+        for number, sequence in enumerate(range(self.cursor, end)):
+            if self.landing and number == self.job.streaming.overlap * step:
+                self.landing()
             gradient = local - self._target(sequence)
             loss = float(np.mean(gradient * gradient))
             self.inner = np.float32(0.5) * self.inner + gradient
             self.inner_steps += 1
             local -= np.float32(0.1) * self.inner
         update = self.anchor - local
+        chunks = range(*plan.chunks) if plan.chunks else self.chunks
         parts = self._by_chunk(update)
         tokens = (end - self.cursor) * TOKENS_PER_SEQUENCE
         report = RegionReport(
@@ -290,12 +313,13 @@ class FakeRegion:
             train_loss=loss,
             update_norm=float(np.linalg.norm(update)),
             cursor=end,
-            chunk_bytes=tuple(parts[c].nbytes for c in self.chunks),
+            chunk_bytes=tuple(parts[c].nbytes for c in chunks),
+            parts=tuple((c, 1) for c in chunks),
             compute_s=0.25,
             encode_s=0.0,
             pools=(PoolReport(pool=0, tokens=tokens, loss_sum=0.0, steps=1, compute_s=0.25),),
         )
-        return report, [self.world.put(parts[c]) for c in self.chunks]
+        return report, [self.world.put(parts[c]) for c in chunks]
 
     def _target(self, sequence: int) -> Array:
         """What one sequence of this region's own data says the model should be."""
@@ -308,14 +332,44 @@ class FakeRegion:
         return float(np.mean(self.anchor * self.anchor)), self.job.evaluation.sequences
 
     def apply(self, total: RoundSum, handles: Sequence[Any], evaluate: bool) -> Future[Applied]:
-        return self._call("apply", total.round, lambda: self._apply(total, handles, evaluate))
+        if total.lands_in is None:
+            return self._call("apply", total.round, lambda: self._apply(total, handles, evaluate))
+        if self.awaits is None:
+            return self._call("apply", total.round, lambda: None)
+        round, answer, go_on = self.awaits
+        assert round == total.round
+        self.awaits = None
+        applied: Future[Applied] = Future()
+
+        def land() -> None:
+            applied.set_result(self._apply(total, handles, evaluate))
+            self.landing = None
+
+        def work() -> Any:
+            self.landing = land
+            return go_on()
+
+        trained = self._call("apply", total.round, work)
+        if trained.done() and trained.exception() is not None:
+            applied.set_exception(trained.exception())
+            answer.set_exception(trained.exception())
+        else:
+            answer.set_result(trained.result())
+        return applied
 
     def _apply(self, total: RoundSum, handles: Sequence[int], evaluate: bool) -> Applied:
-        merged = np.concatenate([self.world.blobs[handle] for handle in handles])
-        self.outer.step(self.anchor, merged, self.state)
-        if self.pending is not None and self.name in total.regions:
-            self.cursor = self.pending[0].cursor
-        self.pending = None
+        if total.regions:
+            merged = np.concatenate([self.world.blobs[handle] for handle in handles])
+            starts, mix = self.manifest.chunk_starts, np.float32(self.job.streaming.mix)
+            at = slice(starts[total.chunks.start], starts[total.chunks.stop])
+            self.outer.step(self.anchor[at], merged, {slot: v[at] for slot, v in self.state.items()})
+            self.local[at] = mix * self.local[at] + (1 - mix) * self.anchor[at]
+        if self.pending is not None and self.pending[0].round <= total.round:
+            if self.name in total.regions:
+                self.cursor = self.pending[0].cursor
+                self.pending = None
+            elif not self.job.buffer:
+                self.pending = None
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
         return Applied(
             region=self.name,
@@ -349,6 +403,8 @@ class FakeRegion:
             model = {name: self._by_chunk(v) for name, v in {"anchor": self.anchor, **self.state}.items()}
             files += store.write_tensors(order.round, "model/", self.chunks, model, {})
         inner, scalars = {"inner": self._by_chunk(self.inner)}, {"steps": self.inner_steps}
+        if self.job.streaming.keeps_local:
+            inner["local"] = self._by_chunk(self.local)
         files += store.write_tensors(order.round, self._prefix, self.chunks, inner, scalars)
         return Saved(region=self.name, round=order.round, files=tuple(files))
 
@@ -372,6 +428,9 @@ class FakeRegion:
         self.inner = np.zeros_like(self.anchor)
         if inner:
             self.inner = np.concatenate([inner["inner"][c] for c in self.chunks])
+        self.local = self.anchor.copy()
+        if self.job.streaming.keeps_local and order.inner_round == order.round:
+            self.local = np.concatenate([inner["local"][c] for c in self.chunks])
         self.inner_steps = scalars.get("steps", 0)
         if self.digest != order.model_digest:
             raise DivergenceError(f"{self.name} loaded {self.digest}, the commit says {order.model_digest}")
@@ -407,25 +466,32 @@ class FakeAggregator:
             self.alive = False
         if not self.alive:
             raise RegionError(AGGREGATOR, "its process is gone")
+        chunks = range(*plan.chunks) if plan.chunks else range(len(layout))
         for report in reports:
-            assert (report.round, report.attempt) == (plan.round, plan.attempt)
-            assert report.chunk_bytes == tuple(4 * chunk.length for chunk in layout)
+            late = self.world.job.streaming.overlap or self.world.job.buffer
+            assert late or (report.round, report.attempt) == (plan.round, plan.attempt)
+            assert report.chunk_bytes == tuple(4 * layout[chunk].length for chunk in chunks)
             if self.world.fault(report.region, "merge", plan.round) == "die":
                 raise RegionError(report.region, "chunk 1 of its update is lost (OwnerDiedError)")
         order = [region.name for region in self.world.job.regions]
         assert [r.region for r in reports] == [n for n in order if n in {r.region for r in reports}]
         mean, merged = MeanConfig().build(), []
         weights = mean.weights(reports)
-        for chunk, shape in enumerate(layout):
-            out = np.empty(shape.length, np.float32)
-            mean.combine([self.world.blobs[handles[chunk]] for handles in updates], weights, out)
+        if self.world.job.buffer:
+            weights = [
+                w * self.world.job.buffer.factor(r.staleness) for w, r in zip(weights, reports, strict=True)
+            ]
+        for place, chunk in enumerate(chunks):
+            out = np.empty(layout[chunk].length, np.float32)
+            mean.combine([self.world.blobs[handles[place]] for handles in updates], weights, out)
             merged.append(self.world.put(out))
         total = RoundSum(
             round=plan.round,
             attempt=plan.attempt,
             regions=tuple(report.region for report in reports),
             weights=tuple(weights),
-            chunk_bytes=tuple(4 * chunk.length for chunk in layout),
+            chunk_bytes=tuple(4 * layout[chunk].length for chunk in chunks),
+            parts=tuple((chunk, 1) for chunk in chunks),
             norm=1.0,
             fold_s=0.0,
         )

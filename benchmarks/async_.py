@@ -1,0 +1,199 @@
+"""Time to a target loss with one region four times slower than the others: buffered merging against lock-step rounds.
+
+Three regions, real ranks. The slow one's rank is stopped and continued by signals, so that it computes for a quarter of
+the time; nothing in the system knows. First the lock-step run: every round waits for the slow region. The loss that it
+ends with is the target. Then the buffered run, which merges as soon as two regions have answered, until it is there. Both
+start from the same weights, train on the same data with a constant learning rate, and are judged on the held-out text of
+all three regions. Time is wall time from the first round's start, without evaluation, which both do after each merge.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from benchmarks.harness import Options, Result
+from xcloud.aggregation import ClusterAggregation
+from xcloud.checkpoint import CheckpointStore
+from xcloud.cloud.session import ray_session
+from xcloud.config import parse_job
+from xcloud.driver import Run
+from xcloud.fleet import Fleet
+from xcloud.metrics import Event, RoundRow, RunLog
+from xcloud.quiet import apply_quiet
+from xcloud.region import ClusterRegion
+
+__all__ = ["run"]
+
+SLOW = "westeurope"
+SLOWER = 4
+SLICE_S = 0.04
+
+JOB = """
+name: async
+seed: {seed}
+rounds: {rounds}
+sequence_length: 128
+model:
+  config: {{model_type: llama, hidden_size: 96, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}}
+regions:
+  - name: us-east-1
+    cloud: aws
+    data: {{type: stdlib, kind: modules}}
+    evaluate_on: &all [{{type: stdlib, kind: modules}}, {{type: stdlib, kind: tests}}, {{type: stdlib, kind: reference}}]
+    pools: [{{zero_stage: 0, micro_batch: 4}}]
+  - name: europe-west4
+    cloud: gcp
+    data: {{type: stdlib, kind: tests}}
+    evaluate_on: *all
+    pools: [{{zero_stage: 0, micro_batch: 4}}]
+  - name: westeurope
+    cloud: azure
+    data: {{type: stdlib, kind: reference}}
+    evaluate_on: *all
+    pools: [{{zero_stage: 0, micro_batch: 4}}]
+inner: {{steps: 15, optimizer: {{type: adamw, lr: 3e-3}}, schedule: {{type: constant, warmup_steps: 30}}}}
+evaluation: {{sequences: 48}}
+checkpoint: {{every: 0}}
+chunk_size: 65536
+{more}
+"""
+
+LOCKED = "outer: {type: nesterov, lr: 0.7, momentum: 0.6}"
+BUFFERED = "outer: {type: nesterov, lr: 0.7, momentum: 0.6}\nbuffer: {goal: 2}"
+
+
+def run(options: Options) -> Result:
+    """The lock-step run, then the buffered one until it has the same loss."""
+    apply_quiet()
+    rounds = 3 if options.quick else 16
+    with ray_session(None, cpus=3):
+        locked = play(options, rounds, LOCKED)
+        target = locked.losses[-1]
+        buffered = play(options, 6 * rounds, BUFFERED, until=target)
+    reached_s = time_to(buffered, target)
+    locked_s = time_to(locked, target)
+    return Result(
+        metrics={
+            "time_ratio": reached_s / locked_s if reached_s is not None and locked_s else None,
+            "locked_s": locked_s,
+            "buffered_s": reached_s,
+            "target_loss": target,
+            "slowdown_ratio": locked.slowdown,
+        },
+        targets={"time_ratio": "<= 0.6"},
+        rows=[locked.row("lock-step", rounds), buffered.row("buffered, goal 2", len(buffered.losses))],
+        notes=[
+            f"one region's rank computes for 1/{SLOWER} of the time (SIGSTOP, SIGCONT)",
+            f"target: the lock-step run's loss after {rounds} rounds of 15 inner steps",
+        ],
+    )
+
+
+class Course:
+    """Listener: losses over time, without the seconds of evaluation."""
+
+    def __init__(self, stop: threading.Event, until: float | None) -> None:
+        self.stop, self.until = stop, until
+        self.began: float | None = None
+        self.times: list[float] = []
+        self.losses: list[float] = []
+        self.contributions: dict[str, int] = {}
+        self.speeds: dict[str, list[float]] = {}
+
+    def on_event(self, event: Event) -> None:
+        if event.kind == "round_started" and self.began is None:
+            self.began = time.monotonic()
+
+    def on_round(self, row: RoundRow) -> None:
+        assert self.began is not None
+        assert row.eval_loss is not None
+        self.times.append(time.monotonic() - self.began)
+        self.losses.append(row.eval_loss)
+        for name, part in row.regions.items():
+            self.contributions[name] = self.contributions.get(name, 0) + 1
+            self.speeds.setdefault(name, []).append(part.tokens_per_s)
+        if self.until is not None and row.eval_loss <= self.until:
+            self.stop.set()
+
+    def on_progress(self, progress: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def slowdown(self) -> float:
+        """How much slower the slow region was than the mean of the others."""
+        speed = {name: float(np.median(found)) for name, found in self.speeds.items()}
+        others = [found for name, found in speed.items() if name != SLOW]
+        return sum(others) / len(others) / speed[SLOW]
+
+    def row(self, name: str, merges: int) -> dict[str, Any]:
+        """For the table."""
+        return {
+            "run": name,
+            "merges": merges,
+            "seconds": self.times[-1],
+            "eval_loss": self.losses[-1],
+            "slow_region_merged": self.contributions.get(SLOW, 0),
+        }
+
+
+def time_to(course: Course, target: float) -> float | None:
+    """Seconds until the loss is at the target for the first time; None if it never is."""
+    return next((t for t, loss in zip(course.times, course.losses, strict=True) if loss <= target), None)
+
+
+def play(options: Options, rounds: int, more: str, until: float | None = None) -> Course:
+    """One run, with the brake on the slow region's rank from the start of the first round."""
+    job = parse_job(JOB.format(seed=options.seed, rounds=rounds, more=more))
+    stop = threading.Event()
+    course = Course(stop, until)
+    regions: dict[str, ClusterRegion] = {}
+
+    def build(name: str) -> ClusterRegion:
+        regions[name] = ClusterRegion(job, name, False, folder)
+        return regions[name]
+
+    with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), [course]) as log:
+        fleet = Fleet([region.name for region in job.regions], build, job.failure, log)
+        brake = Brake(lambda: int(ray.get(regions[SLOW].actor.pids.remote())["pool0/rank0"]))
+        try:
+            brake.start()
+            Run(job, fleet, ClusterAggregation(job), CheckpointStore(folder), log, stop).play(None, None)
+        finally:
+            brake.release()
+            fleet.close()
+    return course
+
+
+class Brake(threading.Thread):
+    """Stops a process for three of every four slices of time."""
+
+    def __init__(self, find: Any) -> None:
+        super().__init__(daemon=True)
+        self._find, self._done = find, threading.Event()
+
+    def run(self) -> None:
+        pid = self._find()  # answers once the region has started
+        try:
+            while not self._done.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                self._done.wait((SLOWER - 1) * SLICE_S)
+                os.kill(pid, signal.SIGCONT)
+                self._done.wait(SLICE_S)
+        except ProcessLookupError:
+            return  # it was ended with its region
+
+    def release(self) -> None:
+        """Let the process go on."""
+        self._done.set()
+        self.join(timeout=5)
