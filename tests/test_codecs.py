@@ -38,6 +38,11 @@ def padded(length: int) -> int:
     return length - rest + (2 ** math.ceil(math.log2(rest)) if rest else 0)
 
 
+def levels(length: int) -> int:
+    """Bytes in front of fixed point."""
+    return 4 * math.ceil(length / 4096)
+
+
 def top(length: int, k: int) -> int:
     """Bytes of a top-k chunk."""
     blocks = [4096] * (length // 4096) + [length % 4096] * (length % 4096 > 0)
@@ -76,10 +81,10 @@ ERROR: dict[str, float | None] = {
 BYTES: dict[str, Callable[[int], int]] = {
     "identity": lambda n: 4 * n,
     "bf16": lambda n: 2 * n,
-    "fixed": lambda n: math.ceil(padded(n) * 6 / 8),  # 3 regions x 7 need 6 bits
-    "fixed 8": lambda n: math.ceil(padded(n) * 10 / 8),
-    "fixed 2": lambda n: math.ceil(padded(n) * 3 / 8),
-    "fixed nearest": lambda n: math.ceil(n * 6 / 8),
+    "fixed": lambda n: math.ceil(padded(n) * 6 / 8) + levels(n),  # 3 regions x 7 need 6 bits
+    "fixed 8": lambda n: math.ceil(padded(n) * 10 / 8) + levels(n),
+    "fixed 2": lambda n: math.ceil(padded(n) * 3 / 8) + levels(n),
+    "fixed nearest": lambda n: math.ceil(n * 6 / 8) + levels(n),
     "block": lambda n: padded(n) + 2 * math.ceil(n / 4096),
     "block 4": lambda n: math.ceil(padded(n) / 2) + 2 * math.ceil(n / 4096),
     "block 2": lambda n: math.ceil(n / 4) + 2 * math.ceil(n / 4096),
@@ -90,7 +95,7 @@ BYTES: dict[str, Callable[[int], int]] = {
     "topk kept": lambda n: top(n, 256),
     "random_k": lambda n: 4 * drawn(n),
     "random_k unbiased": lambda n: 4 * drawn(n),
-    "random_k 4": lambda n: math.ceil(padded(drawn(n)) * 6 / 8),
+    "random_k 4": lambda n: math.ceil(padded(drawn(n)) * 6 / 8) + levels(drawn(n)),
     "lowrank": lambda n: 4 * n,
 }
 
@@ -110,7 +115,9 @@ def codec(name: str) -> Codec:
 def frame_of(name: str, values: Array, private: int = 1) -> Frame:
     """A frame whose public state comes from the values themselves."""
     first = Frame(shared=9, members=3)
-    scale = codec(name).next_scale(values, first) if values.size else None
+    scale = None
+    if values.size and codec(name).linear:
+        scale = codec(name).next_scale(values, codec(name).encode(values, first), 1, first)
     return Frame(shared=9, private=private, members=3, scale=scale)
 
 
@@ -240,8 +247,10 @@ def test_error_feedback_sends_all_in_the_end(name: str) -> None:
             shared=number, private=number, members=3, matrices=((0, 60, 80),), scale=scale, typical=1e-3
         )
         wanted = update + np.float32(one.feedback) * residual
-        decoded = one.decode(one.encode(wanted, frame), update.size, frame)
-        residual, scale = wanted - decoded, one.next_scale(decoded, frame)
+        encoded = one.encode(wanted, frame)
+        decoded = one.decode(encoded, update.size, frame)
+        residual = wanted - decoded
+        scale = one.next_scale(decoded, encoded, 1, frame) if one.linear else None
         got += decoded
         off.append(np.linalg.norm(got / number - update) / np.linalg.norm(update))
     assert off[-1] < off[39]

@@ -318,8 +318,9 @@ class RandomK:
     def add(self, total: Bytes, other: Bytes, frame: Frame) -> None:
         self.values.add(total, other, frame)
 
-    def next_scale(self, merged: Array, frame: Frame) -> Array | None:
-        return self.values.next_scale(merged[self._drawn(merged.size, frame)], frame)
+    def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
+        drawn = self._drawn(merged.size, frame)
+        return self.values.next_scale(merged[drawn], total, contributors, frame)
 
     def _drawn(self, length: int, frame: Frame) -> npt.NDArray[np.int64]:
         """The coordinates, in order: a function of the shared seed alone."""
