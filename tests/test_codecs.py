@@ -24,6 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {name: {"type": name} for name in CODECS.n
     "fixed nearest": {"type": "fixed", "rotate": False, "rounding": "nearest"},
     "block 4": {"type": "block", "bits": 4},
     "block 2": {"type": "block", "bits": 2, "rotate": False},
+    "sparse 4": {"type": "sparse", "bits": 4},
+    "sparse 2": {"type": "sparse", "bits": 2},
     "topk all": {"type": "topk", "k": 4096},
     "topk kept": {"type": "topk", "k": 256, "feedback": 1.0},
     "random_k unbiased": {"type": "random_k", "feedback": 0.0},
@@ -72,6 +74,8 @@ ERROR: dict[str, float | None] = {
     "topk all": 1.0,
     "topk kept": 1.0,
     "sparse": 0.05,
+    "sparse 4": 0.2,
+    "sparse 2": 0.6,
     "random_k": 1.0,
     "random_k unbiased": None,
     "random_k 4": None,
@@ -136,7 +140,11 @@ def through(name: str, values: Array, frame: Frame) -> Array:
 def test_every_codec_is_tested() -> None:
     assert {s["type"] for s in SETTINGS.values()} == set(CODECS.names)
     assert set(ERROR) == set(SETTINGS)
-    assert set(SETTINGS) - set(BYTES) == {"sparse"}  # as many as it needs: tested below
+    assert set(SETTINGS) - set(BYTES) == {
+        "sparse",
+        "sparse 4",
+        "sparse 2",
+    }  # as many as it needs: tested below
 
 
 @every_codec
@@ -284,7 +292,11 @@ def test_sparse_takes_as_few_bytes_as_it_can() -> None:
     values[[5, 4095]] = [1.0, -0.5]
     values[8192:9192] = 1.0
     encoded = codec("sparse").encode(values, Frame())
-    assert encoded.nbytes == (4 + 3 + 2) + 2 + (4 + 512 + 1000)
+    gaps = [
+        math.ceil((10 + 1 + 10 + 1 + 4089 // 1024) / 8),
+        math.ceil((1 + 1) * 1000 / 8),
+    ]  # 10 and 1 low bits
+    assert encoded.nbytes == (4 + 2 + gaps[0]) + 2 + (4 + 1000 + gaps[1])
     np.testing.assert_allclose(codec("sparse").decode(encoded, values.size, Frame()), values, atol=1 / 254)
 
 
