@@ -493,8 +493,9 @@ from xcloud.aggregators import AGGREGATORS, AggregatorConfig
 
 class First:
     needs_plaintext = True
+    needs_gram = False
 
-    def weights(self, reports):
+    def weights(self, reports, gram=None):
         return [1.0] + [0.0] * (len(reports) - 1)
 
     def combine(self, updates, weights, out):

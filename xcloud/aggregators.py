@@ -84,7 +84,10 @@ AGGREGATORS: Registry[AggregatorConfig] = Registry("aggregator", AggregatorConfi
 
 
 class Mean:
-    """Weighted mean, folded block by block in the order given."""
+    """Weighted mean, folded block by block in the order given.
+
+    An update of weight 0 is left out rather than multiplied: 0 x NaN is NaN.
+    """
 
     needs_plaintext = False
     needs_gram = False
@@ -102,7 +105,11 @@ class Mean:
         weights: Sequence[float],
         out: Array,
     ) -> None:
-        scale = [np.float32(w) for w in weights]
+        counted = [(u, np.float32(w)) for u, w in zip(updates, weights, strict=True) if w]
+        if not counted:
+            out[:] = 0
+            return
+        updates, scale = [u for u, _ in counted], [w for _, w in counted]
         alike = len(set(scale)) == 1  # one pass less for each region, and the common case
         work = np.empty(
             0 if alike else min(BLOCK, out.size), np.float32
@@ -219,7 +226,9 @@ def _krum(faulty: int, keep: int | None) -> Callable[[Sequence[RegionReport], Gr
             )
         kept = min(count, keep or count - faulty)
         squares = np.diag(gram)
-        distances = squares[:, None] + squares[None, :] - 2 * gram
+        with np.errstate(invalid="ignore"):
+            distances = squares[:, None] + squares[None, :] - 2 * gram
+        distances[~np.isfinite(distances)] = np.inf  # whatever holds NaN or Inf lies apart from all others
         near = np.sort(distances, axis=1)[:, 1 : max(2, count - faulty - 1)]  # the first is its own, zero
         best = np.argsort(near.sum(axis=1), kind="stable")[:kept]
         return [1.0 / kept if i in best else 0.0 for i in range(count)]
