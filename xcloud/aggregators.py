@@ -1,8 +1,8 @@
 """Aggregators: how the updates of several regions become one.
 
-An aggregator first turns the regions' reports into weights, then combines one chunk at a
-time. It never sees a whole model. `needs_plaintext` says that it must see single updates
-(median, Krum) and therefore cannot run under masks.
+An aggregator first turns the regions' reports into weights; then one chunk at a time is combined. It never
+sees a whole model. Most are weighted sums (`additive`), which the aggregation folds one update after the other.
+`needs_plaintext` says that it must see single updates (median, Krum) and therefore cannot run under masks.
 
 `mean` is federated averaging (FedAvg, arXiv 1602.05629): each region's pseudo-gradient
 weighted by the tokens behind it. With outer SGD at learning rate 1 this is FedAvg; with
@@ -45,6 +45,8 @@ class Aggregator(Protocol):
     needs_plaintext: bool
     needs_gram: bool
     """Whether `weights` wants the updates' inner products, which takes one more pass over them."""
+    additive: bool
+    """Whether `combine` is the sum of weights x updates; the aggregation may then take it in any pieces."""
 
     def weights(self, reports: Sequence[RegionReport], gram: Gram | None = None) -> list[float]:
         """One weight for each report; they sum to 1 unless the algorithm bounds or restores lengths.
@@ -91,6 +93,7 @@ class Mean:
 
     needs_plaintext = False
     needs_gram = False
+    additive = True
 
     def __init__(self, weigh_by: Literal["tokens", "equal"]) -> None:
         self.weigh_by = weigh_by
@@ -175,6 +178,7 @@ class Coordinatewise:
 
     needs_plaintext = True
     needs_gram = False
+    additive = False
 
     def __init__(self, trim: float) -> None:
         self.trim = trim

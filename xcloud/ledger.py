@@ -17,7 +17,7 @@ from xcloud.metrics import RegionRow, RoundRow, read_events
 
 __all__ = ["Ledger", "Outcome", "check_job", "find_commit", "keep_job", "mean_loss"]
 
-CHANGEABLE = ("rounds", "failure", "checkpoint", "evaluation")
+CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
 
 
@@ -138,6 +138,8 @@ class Ledger:
         loss = mean_loss(applied.values())
         self.eval_loss = self.eval_loss if loss is None else loss
         compute_s = max(report.compute_s for report in reports.values())
+        cloud = {region.name: region.cloud for region in self.job.regions}
+        receivers = {(cloud[name],) if cloud[name] in total.near else name for name in applied}
         eval_s = max(answer.eval_s for answer in applied.values())
         return RoundRow(
             round=plan.round,
@@ -149,6 +151,10 @@ class Ledger:
             tokens=tokens,
             bytes_up=sum(report.bytes_up for report in reports.values()),
             bytes_down=total.bytes_down * len(applied),
+            egress_bytes_up=sum(report.bytes_up for report in reports.values())
+            if total.egress_up is None
+            else total.egress_up,
+            egress_bytes_down=total.bytes_down * len(receivers),
             compute_s=compute_s,
             sync_s=max(0.0, wall_s - compute_s - eval_s),
             regions={
