@@ -62,7 +62,7 @@ def run(options: Options) -> Result:
     )
     try:
         rows = [measure(name, 3, values, rounds) for name in CODECS]
-        rows += [measure(name, 64, values, rounds) for name in ("identity", "fixed 4")]
+        rows += [measure(name, 64, values, rounds) for name in ("identity", "fixed 4", "topk")]
     finally:
         ray.shutdown()
     found = {(row["codec"], row["regions"]): row for row in rows}
@@ -70,14 +70,20 @@ def run(options: Options) -> Result:
         metrics={
             "fold_mb_per_s": found["identity", 3]["fold_mb_per_s"],
             "fold_fixed4_mb_per_s": found["fixed 4", 3]["fold_mb_per_s"],
+            "fold_topk_mb_per_s": found["topk", 3]["fold_mb_per_s"],
             "peak_over_model_n3_mb": found["identity", 3]["peak_over_model_mb"],
             "peak_over_model_n64_mb": found["identity", 64]["peak_over_model_mb"],
+            "peak_over_model_topk_n3_mb": found["topk", 3]["peak_over_model_mb"],
+            "peak_over_model_topk_n64_mb": found["topk", 64]["peak_over_model_mb"],
         },
         targets={
             "fold_mb_per_s": ">= 2000",
             "fold_fixed4_mb_per_s": ">= 2000",
+            "fold_topk_mb_per_s": ">= 2000",
             "peak_over_model_n3_mb": "<= 64",
             "peak_over_model_n64_mb": "<= 64",
+            "peak_over_model_topk_n3_mb": "<= 64",
+            "peak_over_model_topk_n64_mb": "<= 64",
         },
         rows=rows,
         notes=[
@@ -129,7 +135,7 @@ def measure(codec: str, regions: int, values: int, rounds: int) -> dict[str, Any
     )
     sent = [bundles[i % len(bundles)] for i in range(regions)]
     reports = [report(f"r{i}", bundle) for i, bundle in enumerate(sent)]
-    process = psutil.Process(ray.get(aggregator.actor.pid.remote()))
+    process = psutil.Process(ray.get(aggregator.actors[0].pid.remote()))
     layout = [ChunkLayout(length) for length in lengths]
     folded, busy_s, owned = 0, 0.0, 0
     with MemorySampler(process.pid) as memory:
@@ -142,7 +148,7 @@ def measure(codec: str, regions: int, values: int, rounds: int) -> dict[str, Any
                 busy_s += after.user + after.system - before.user - before.system
                 folded += 4 * values * regions
     peak = memory.peak.anonymous - memory.start.anonymous + owned - 4 * values
-    ray.kill(aggregator.actor)
+    ray.kill(aggregator.actors[0])
     for sender in senders:
         ray.kill(sender)
     return {

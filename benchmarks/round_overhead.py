@@ -232,7 +232,7 @@ def aggregator_over_model_mb(job: JobConfig, regions: int, parameters: int, roun
     senders = [sender_class.remote() for _ in range(regions)]
     plan = RoundPlan(job="m", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=0)
     owned = 0
-    with MemorySampler(ray.get(aggregator.actor.pid.remote())) as memory:
+    with MemorySampler(ray.get(aggregator.actors[0].pid.remote())) as memory:
         for _ in range(rounds):
             bundles = ray.get([sender.offer.remote(lengths) for sender in senders])
             reports = [report(f"r{index}", bundle) for index, bundle in enumerate(bundles)]
@@ -241,7 +241,7 @@ def aggregator_over_model_mb(job: JobConfig, regions: int, parameters: int, roun
                 plan, [ChunkLayout(length) for length in lengths], reports, updates
             ).result()
             owned = total.bytes_down
-    ray.kill(aggregator.actor)
+    ray.kill(aggregator.actors[0])
     for sender in senders:
         ray.kill(sender)
     return (memory.peak.anonymous - memory.start.anonymous + owned - 4 * parameters) / MB

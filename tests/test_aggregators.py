@@ -183,6 +183,32 @@ def test_mean_lets_nothing_that_is_not_finite_disappear() -> None:
     assert out[2] == 1.0
 
 
+@pytest.mark.parametrize("hostile", [np.nan, np.inf, 1e30])
+def test_multi_krum_leaves_out_what_is_not_a_number(hostile: float) -> None:
+    """A NaN has no distance, so it is the farthest; and its weight of 0 keeps it out of the sum."""
+    values, sent = noise(5), [report(f"r{i}", 1) for i in range(5)]
+    values[1][3] = hostile
+    krum = AGGREGATORS.parse({"type": "multi_krum", "faulty": 1}).build()
+    with np.errstate(invalid="ignore"):
+        weights = krum.weights(sent, gram_of(values))
+    assert weights == [0.25, 0, 0.25, 0.25, 0.25]
+    merged = np.empty(9, np.float32)
+    krum.combine(values, weights, merged)
+    np.testing.assert_allclose(
+        merged, np.mean([values[i] for i in (0, 2, 3, 4)], axis=0), rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.7, 0.3], [0.0, 0.5, 0.5], [0.0, 0.0, 0.0]])
+def test_mean_leaves_out_what_has_no_weight(weights: list[float]) -> None:
+    bad, *good = noise(3)
+    bad[:] = np.nan
+    out = np.empty(9, np.float32)
+    MeanConfig().build().combine([bad, *good], weights, out)
+    expected = weights[1] * good[0] + weights[2] * good[1]
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-7)
+
+
 @every_aggregator
 def test_threads_may_share_an_aggregator(name: str) -> None:
     """The aggregation actor folds several chunks side by side with one of it."""

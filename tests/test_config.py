@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.merging import Store, merge, noise, open_sum
 from tests.strategies import quick
 from xcloud.aggregators import AGGREGATORS, MeanConfig
 from xcloud.config import JobConfig, dump_job, load_job, parse_job
@@ -183,7 +184,9 @@ def test_an_unknown_key_inside_evaluate_on() -> None:
 def test_an_unknown_key_near_to_nothing_lists_the_known_ones() -> None:
     raw = changed("outer", {"type": "sgd", "momentum": 0.5})
     assert error(raw) == "job: outer.momentum: unknown key; known keys: lr, type"
-    assert error(changed("zzz", 1)).startswith("job: zzz: unknown key; known keys: aggregator, buffer, ")
+    assert error(changed("zzz", 1)).startswith(
+        "job: zzz: unknown key; known keys: aggregation_actors, aggregator, "
+    )
 
 
 WRONG: list[tuple[str, Any, str]] = [
@@ -493,8 +496,10 @@ from xcloud.aggregators import AGGREGATORS, AggregatorConfig
 
 class First:
     needs_plaintext = True
+    needs_gram = False
+    additive = False
 
-    def weights(self, reports):
+    def weights(self, reports, gram=None):
         return [1.0] + [0.0] * (len(reports) - 1)
 
     def combine(self, updates, weights, out):
@@ -522,7 +527,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def test_a_plugin_registers_its_parts(plugins: Path) -> None:
+def test_a_plugin_registers_its_parts_and_merges(plugins: Path) -> None:
     (plugins / "first_plugin.py").write_text(PLUGIN, encoding="utf-8")
     raw = changed("aggregator", {"type": "first", "exponent": 2}) | {"plugins": ["first_plugin"]}
     job = parse(raw)
@@ -530,6 +535,8 @@ def test_a_plugin_registers_its_parts(plugins: Path) -> None:
     job.aggregator.build().combine([np.ones(2, np.float32)], [1.0], out)
     assert out.tolist() == [1.0, 1.0]
     assert parse_job(dump_job(job)) == job
+    updates, store = noise(2), Store()
+    assert np.array_equal(open_sum(job, store, *merge(job, updates, store, names=("a", "eu-1"))), updates[0])
     raw["aggregator"] = {"type": "first", "exponents": 2}
     assert error(raw) == "job: aggregator.exponents: unknown key; did you mean 'exponent'?"
     said = error(raw, "aggregator=frist")

@@ -166,7 +166,9 @@ def check_books(game: Game) -> None:
             read = part.cursor - cursors[name]
             assert part.tokens // TOKENS_PER_SEQUENCE == STEPS * PER_STEP[name]
             # where a region goes on from what it has, an update that is lost has been trained on all the same
-            assert read == part.tokens // TOKENS_PER_SEQUENCE or (overlaps and read % (STEPS * PER_STEP[name]) == 0)
+            assert read == part.tokens // TOKENS_PER_SEQUENCE or (
+                overlaps and read % (STEPS * PER_STEP[name]) == 0
+            )
             cursors[name] = part.cursor
         total += row.tokens
         by_round[row.round], tokens[row.round] = dict(cursors), total
@@ -176,7 +178,9 @@ def check_books(game: Game) -> None:
     merged = {e.fields["round"]: e.fields for e in events if e.kind == "round_merged"}
     for row in rows:
         assert list(row.regions) == merged[row.round]["regions"]
-        assert row.attempt == attempts[row.round]["attempt"] or overlaps  # merged again without being played again
+        assert (
+            row.attempt == attempts[row.round]["attempt"] or overlaps
+        )  # merged again without being played again
         assert set(row.regions) <= set(attempts[row.round]["regions"])
         assert len(row.regions) >= game.job.needed
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from tests.factory import job_of, raw_job, region
+from tests.strategies import report
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.errors import CheckpointError, DivergenceError
 from xcloud.ledger import Ledger, check_job, find_commit, keep_job
-from xcloud.messages import RegionReady
+from xcloud.messages import Applied, RegionReady, RoundPlan, RoundSum
 from xcloud.metrics import RunLog
 
 
@@ -110,3 +111,38 @@ def test_only_some_keys_may_change(tmp_path: Path) -> None:
         check_job(
             job_of(raw | {"inner": raw["inner"] | {"optimizer": {"type": "adamw", "lr": 0.5}}}), tmp_path
         )
+
+
+@pytest.mark.parametrize(
+    ("hierarchy", "up", "down"), [({}, 600, 3 * 300), ({"egress_up": 350, "near": ("aws",)}, 350, 2 * 300)]
+)
+def test_a_row_counts_what_crossed_between_clouds(
+    tmp_path: Path, hierarchy: dict[str, Any], up: int, down: int
+) -> None:
+    """Two regions of one cloud and one of another that bears the name of a region."""
+    places = [("a", "aws"), ("b", "aws"), ("aws", "gcp")]
+    raw = raw_job(tmp_path, [region(tmp_path, name, 1, cloud=cloud) for name, cloud in places])
+    ledger = Ledger(job_of(raw), CheckpointStore(tmp_path / "c"))
+    ledger.begin({name: ready(name) for name, _ in places})
+    plan = RoundPlan(job="tiny", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=1)
+    names = tuple(name for name, _ in places)
+    total = RoundSum(
+        round=1,
+        attempt=1,
+        regions=names,
+        weights=(1 / 3,) * 3,
+        chunk_bytes=(200, 100),
+        norm=1.0,
+        fold_s=0.0,
+        **hierarchy,
+    )
+    applied = {
+        name: Applied(
+            region=name, round=1, model_digest="next", eval_loss=1.0, eval_tokens=1, apply_s=0, eval_s=0
+        )
+        for name in names
+    }
+    reports = {name: report(name, 5, chunk_bytes=(100, 100)) for name in names}
+    row = ledger.close_round(plan, reports, total, applied, 9.0)
+    assert (row.bytes_up, row.bytes_down) == (600, 900)
+    assert (row.egress_bytes_up, row.egress_bytes_down) == (up, down)

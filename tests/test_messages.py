@@ -18,6 +18,8 @@ from xcloud.errors import MessageError, XCloudError
 from xcloud.messages import (
     Applied,
     CheckpointFile,
+    Folded,
+    FoldOrder,
     Message,
     PoolReport,
     Progress,
@@ -29,6 +31,7 @@ from xcloud.messages import (
     RoundSum,
     Saved,
     SaveOrder,
+    Source,
     json_safe,
 )
 
@@ -36,6 +39,7 @@ RANK = RankInfo(
     rank=0, node="n1", device="cpu", parameter_bytes=80, optimizer_state_bytes=160, owned_chunks=2
 )
 FILE = CheckpointFile(path="model/chunks-000000-000001.safetensors", size=2**40, digest="ab12")
+SOURCE = Source(name="a", weight=1 / 3, round=4, relayed=False, chunk_bytes=(8, 4), parts=((2, 2),))
 EXAMPLES: list[Message] = [
     RANK,
     RegionReady(
@@ -65,6 +69,9 @@ EXAMPLES: list[Message] = [
         fold_s=0.1,
     ),
     Applied(region="a", round=3, model_digest="dd", eval_loss=2.5, eval_tokens=9, apply_s=0.1, eval_s=0.2),
+    SOURCE,
+    FoldOrder(round=3, chunks=(2, 4), sources=(SOURCE, SOURCE)),
+    Folded(chunk_bytes=(8, 4), parts=((2, 2),), norms_squared=(0.5, 1e-30)),
     FILE,
     SaveOrder(round=0, donor=True),
     Saved(region="a", round=2, files=(FILE, FILE)),

@@ -1,64 +1,78 @@
-"""The aggregation actor: stateless, and never larger than a few chunks.
+"""The merge of a round, seen from the driver: who folds what, and how the results join.
 
-It holds chunk buffers of the merge in flight and nothing else: no model, no outer
-optimizer, no key. Chunks are folded one id at a time, over the regions in the job's order,
-so the sum does not depend on who came first and is bit for bit the same after a resume.
-Encodings that add are added as they are and go down as their total; all others are opened,
-combined, and encoded again for the way down.
+The weights are computed here, once, from all reports. One aggregation actor folds all chunks, or several
+(`aggregation_actors`) fold a contiguous share each; with `hierarchy: cloud` the regions of one cloud are merged by
+an actor in it, before their updates cost egress. The sum has the same bits whoever folds which chunks.
+Nothing here touches an update: it stays between the regions and the folders (`xcloud.folding`).
 """
 
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xcloud.aggregators import Gram
-from xcloud.codecs import Array, Bytes, Frame
-from xcloud.config import JobConfig, dump_job, parse_job
-from xcloud.errors import AggregationError, RegionError
+from xcloud.config import JobConfig, dump_job
+from xcloud.errors import AggregationError, PlacementError, RegionError
+from xcloud.folding import Folder
 from xcloud.manifest import ChunkLayout
-from xcloud.messages import RegionReport, RoundPlan, RoundSum
-from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
-from xcloud.transport.blobs import Handle, RayBlobs
-from xcloud.transport.calls import call
-from xcloud.update import Framing, adds_up
+from xcloud.messages import Folded, FoldOrder, RegionReport, RoundPlan, RoundSum, Source
+from xcloud.parts import Bundle
+from xcloud.policies import BufferConfig
+from xcloud.transport.blobs import Copies, Handle, RayBlobs
+from xcloud.transport.calls import gather, later
+from xcloud.update import adds_up
 
-__all__ = ["Aggregation", "AggregatorHandle", "ClusterAggregation"]
+__all__ = ["Aggregation", "AggregatorHandle", "ClusterAggregation", "Crew"]
+
+Who = TypeVar("Who", int, str)
+"""A folder: the number of its share of the chunks, or the name of its cloud."""
 
 
-THREADS = 2
-"""Parts folded side by side; each thread holds one part's buffer."""
+class Crew(Protocol):
+    """The folders of a job."""
 
-PART_BYTES = 16 << 20
-"""Shorter than the regions' parts: these buffers are all that an aggregator adds to its process."""
+    def ask(self, method: str, calls: Mapping[Who, tuple[Any, ...]]) -> dict[Who, Any]:
+        """Call a method of several folders at once, with each one's own arguments.
+
+        Raises:
+            XCloudError: the first failure.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """One update on its way into the sum, encoded in `round`; `relayed`: it is a cloud's mean already."""
+
+    name: str
+    weight: float
+    bundle: Bundle
+    round: int
+    relayed: bool = False
 
 
 class Aggregation:
-    """Folds the updates of one round.
+    """Merges the updates of one round.
 
     Args:
-        job: says how updates combine, and how they are encoded on their way up and down.
-        blobs: where the chunks are.
+        job: says how updates combine, and who folds.
+        crew: the folders.
     """
 
-    def __init__(self, job: JobConfig, blobs: BlobStore) -> None:
+    def __init__(self, job: JobConfig, crew: Crew) -> None:
+        self.job, self.crew = job, crew
         self.aggregator = job.aggregator.build()
-        self.codec, self.downlink = job.codec.build(), job.downlink.build()
-        self.summed = adds_up(self.codec)
-        self.framing = Framing(job.name, job.seed, len(job.regions), "aggregator")
-        self.blobs = blobs
-        self._pool = ThreadPoolExecutor(THREADS)
-        self._own = (
-            threading.local()
-        )  # each thread's buffer, made once: fresh ones would cost as much as the fold
+        self.summed = adds_up(job.codec.build())
 
     def merge(
         self,
@@ -67,45 +81,35 @@ class Aggregation:
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
     ) -> tuple[RoundSum, list[Handle]]:
-        """Combine the regions' updates, chunk by chunk.
+        """Combine the regions' updates of the plan's chunks.
 
         Args:
             plan: of the round.
-            layout: of each chunk.
+            layout: of each chunk of the model.
             reports: in the job's order of regions.
             updates: for each report, one handle for each of its parts.
 
         Raises:
-            RegionError: a region's chunk has the wrong size or cannot be fetched.
+            RegionError: a region's update is malformed, holds other chunks than planned, is not finite or is lost.
             AggregationError: reports that do not belong to this round, or a non-finite sum.
         """
         began = time.perf_counter()
+        chunks = range(*plan.chunks) if plan.chunks else range(len(layout))
         for report, handles in zip(reports, updates, strict=True):
-            if report.round != plan.round:
-                raise AggregationError(
-                    f"{report.region!r} reports round {report.round}, expected {plan.round}"
-                )
-            if len(report.chunk_bytes) != len(layout) or len(handles) != len(report.parts):
-                raise RegionError(
-                    report.region,
-                    f"sent {len(report.chunk_bytes)} chunks in {len(handles)} buffers, "
-                    f"expected {len(layout)} in {len(report.parts)}",
-                )
-        gram = self._gram(plan.round, layout, reports, updates) if self.aggregator.needs_gram else None
-        weights = self.aggregator.weights(reports, gram)
+            _check(plan, chunks, report, handles, self.job.buffer)
         total_share = math.fsum(report.share for report in reports)
         if self.summed and not total_share > 0:
             raise AggregationError(f"round {plan.round}: the regions' shares sum to {total_share}")
-        spans = _spans([chunk.length for chunk in layout], PART_BYTES // 4)
-        folded = list(
-            self._pool.map(
-                lambda span: self._fold(span, plan.round, layout, reports, updates, weights), spans
-            )
-        )
-        norm_squared = sum(norm for _, norm in folded)
-        if not math.isfinite(norm_squared):
-            raise AggregationError(f"round {plan.round}: the merged update is not finite")
-        merged = Bundle.join(bundle for bundle, _ in folded)
+        sent = [
+            _Sent(report.region, 1.0, Bundle(report.parts, report.chunk_bytes, tuple(handles)), report.round)
+            for report, handles in zip(reports, updates, strict=True)
+        ]
+        weights = self._weights(plan, layout, chunks, reports, sent)
+        sent = [replace(one, weight=weight) for one, weight in zip(sent, weights, strict=True)]
+        near: tuple[str, ...] = ()
+        if self.job.hierarchy.type == "cloud":
+            sent, near = self._by_cloud(plan, layout, chunks, sent)
+        merged, norms = self._fold(plan, layout, dict(enumerate(self._shares(chunks))), sent)
         summary = RoundSum(
             round=plan.round,
             attempt=plan.attempt,
@@ -113,147 +117,133 @@ class Aggregation:
             weights=tuple(weights),
             chunk_bytes=merged.sizes,
             parts=merged.parts,
-            norm=None if self.summed else math.sqrt(norm_squared),
+            norm=None if self.summed else math.sqrt(sum(norms)),
             summed=self.summed,
             total_share=total_share,
+            egress_up=sum(sum(one.bundle.sizes) for one in sent),
+            near=near,
             fold_s=time.perf_counter() - began,
         )
-        return summary, list(merged.handles)
+        if not near:
+            return summary, list(merged.handles)
+        copies = self.crew.ask("copy", {cloud: (list(merged.handles),) for cloud in near})
+        return summary, [
+            Copies(handle, {cloud: copied[part] for cloud, copied in copies.items()})
+            for part, handle in enumerate(merged.handles)
+        ]
 
-    def _gram(
+    def _weights(
         self,
-        round: int,
+        plan: RoundPlan,
         layout: Sequence[ChunkLayout],
+        chunks: range,
         reports: Sequence[RegionReport],
-        updates: Sequence[Sequence[Handle]],
-    ) -> Gram:
-        """Inner products of the whole updates, chunk by chunk."""
-        readers = [self._reader(report, handles) for report, handles in zip(reports, updates, strict=True)]
-        gram = np.zeros((len(reports), len(reports)))
-        for chunk, shape in enumerate(layout):
-            frame = self.framing.frame(round, chunk, shape)
-            values = [
-                self._opened(report.region, reader, chunk, shape.length, frame)
-                for report, reader in zip(reports, readers, strict=True)
-            ]
-            for i, one in enumerate(values):
-                for j in range(i + 1):
-                    gram[i, j] += float(np.dot(one, values[j]))
-        return np.tril(gram) + np.tril(gram, -1).T
+        sent: Sequence[_Sent],
+    ) -> list[float]:
+        """What each region's update counts."""
+        gram: Gram | None = None
+        if self.aggregator.needs_gram:
+            shares = dict(enumerate(self._shares(chunks)))
+            parts = self.crew.ask("gram", {who: _call(plan, layout, s, sent) for who, s in shares.items()})
+            gram = np.concatenate([parts[who] for who in shares]).sum(axis=0)  # chunk by chunk: the same bits
+        weights, buffer = self.aggregator.weights(reports, gram), self.job.buffer
+        if buffer is None:
+            return weights
+        return [weight * buffer.factor(r.staleness) for weight, r in zip(weights, reports, strict=True)]
+
+    def _by_cloud(
+        self, plan: RoundPlan, layout: Sequence[ChunkLayout], chunks: range, sent: Sequence[_Sent]
+    ) -> tuple[list[_Sent], tuple[str, ...]]:
+        """Merge the regions of each cloud that has several; returns what goes on, and those clouds."""
+        clouds: dict[str, list[_Sent]] = {}
+        for one in sent:
+            clouds.setdefault(self.job.region(one.name).cloud, []).append(one)
+        calls, totals = {}, {}
+        for cloud, members in clouds.items():
+            if len(members) > 1:
+                total = totals[cloud] = math.fsum(member.weight for member in members)
+                inner = [replace(m, weight=m.weight / total if total else 0.0) for m in members]
+                calls[cloud] = _call(plan, layout, chunks, inner)
+        answers = self.crew.ask("fold", calls)
+        going = [
+            _Sent(f"the aggregator of {cloud}", totals[cloud], _bundle(answers[cloud])[0], plan.round, True)
+            if cloud in totals
+            else members[0]
+            for cloud, members in clouds.items()
+        ]
+        return going, tuple(totals)
 
     def _fold(
         self,
-        span: range,
-        round: int,
+        plan: RoundPlan,
         layout: Sequence[ChunkLayout],
-        reports: Sequence[RegionReport],
-        updates: Sequence[Sequence[Handle]],
-        weights: Sequence[float],
-    ) -> tuple[Bundle, float]:
-        """Fold the chunks of one outgoing part: its bundle and squared norm."""
-        readers = [self._reader(report, handles) for report, handles in zip(reports, updates, strict=True)]
-        writer = getattr(self._own, "writer", None)
-        if writer is None:
-            lengths = [chunk.length for chunk in layout]
-            writer = self._own.writer = PartWriter(self.blobs.put, lengths, PART_BYTES)
-        regions = [report.region for report in reports]
-        norm_squared = 0.0
-        for chunk in span:
-            frame = self.framing.frame(round, chunk, layout[chunk])
-            if self.summed:
-                writer.add(chunk, self._total(regions, readers, chunk, layout[chunk].length, frame))
-                continue
-            values = [
-                self._opened(region, reader, chunk, layout[chunk].length, frame)
-                for region, reader in zip(regions, readers, strict=True)
-            ]
-            out = writer.slot(layout[chunk].length)
-            self.aggregator.combine(values, weights, out)
-            norm_squared += float(np.dot(out, out))
-            writer.add(chunk, self.downlink.encode(out, frame))
-        return writer.finish(), norm_squared
+        shares: Mapping[int, range],
+        sent: Sequence[_Sent],
+    ) -> tuple[Bundle, list[float]]:
+        """The root's fold: the merged update, and the squared norm of each chunk."""
+        answers = self.crew.ask("fold", {who: _call(plan, layout, s, sent) for who, s in shares.items()})
+        folded = [_bundle(answers[who]) for who in shares]
+        return Bundle.join(bundle for bundle, _ in folded), [norm for _, norms in folded for norm in norms]
 
-    def _total(
-        self, regions: Sequence[str], readers: Sequence[PartReader], chunk: int, length: int, frame: Frame
-    ) -> Bytes:
-        """The encodings of one chunk, added without opening them."""
-        total: Bytes | None = None
-        for region, reader in zip(regions, readers, strict=True):
-            data = self._fetched(region, reader, chunk)
-            if total is None:
-                total = data.copy()
-                continue
-            if data.nbytes != total.nbytes:
-                raise RegionError(
-                    region,
-                    f"chunk {chunk} of its update ({length} values) has {data.nbytes} bytes, "
-                    f"expected {total.nbytes} as from {regions[0]!r}",
-                )
-            self.codec.add(total, data, frame)
-        assert total is not None, "a round merges at least one region"
-        return total
-
-    def _reader(self, report: RegionReport, handles: Sequence[Handle]) -> PartReader:
-        try:
-            return PartReader(self.blobs.get, Bundle(report.parts, report.chunk_bytes, tuple(handles)))
-        except ValueError as error:
-            raise RegionError(report.region, f"its update is malformed: {error}") from None
-
-    def _opened(self, region: str, reader: PartReader, chunk: int, length: int, frame: Frame) -> Array:
-        data = self._fetched(region, reader, chunk)
-        try:
-            return self.codec.decode(data, length, frame)
-        except ValueError as error:
-            raise RegionError(region, f"chunk {chunk} of its update is malformed: {error}") from None
-
-    def _fetched(self, region: str, reader: PartReader, chunk: int) -> Bytes:
-        try:
-            return reader.read(chunk)
-        except ray.exceptions.RayError as error:
-            raise RegionError(
-                region, f"chunk {chunk} of its update is lost ({type(error).__name__})"
-            ) from None
-        except ValueError as error:
-            raise RegionError(region, f"chunk {chunk} of its update is malformed: {error}") from None
+    def _shares(self, chunks: range) -> list[range]:
+        """Contiguous shares of `chunks`, one for each aggregation actor that gets any."""
+        count = self.job.aggregation_actors
+        cuts = [chunks.start + len(chunks) * i // count for i in range(count + 1)]
+        return [range(a, b) for a, b in pairwise(cuts) if a < b]
 
 
-def _spans(lengths: Sequence[int], elements: int) -> list[range]:
-    """Runs of consecutive chunks of at most `elements` elements together, one chunk at least."""
-    spans, start, held = [], 0, 0
-    for chunk, length in enumerate(lengths):
-        if chunk > start and held + length > elements:
-            spans.append(range(start, chunk))
-            start, held = chunk, 0
-        held += length
-    if start < len(lengths):
-        spans.append(range(start, len(lengths)))
-    return spans
-
-
-class AggregationActor:
-    """`Aggregation` inside an actor: headers as JSON bytes, buffers as handles."""
-
-    def __init__(self, job: str) -> None:
-        self.inner = Aggregation(parse_job(job), RayBlobs())
-
-    def merge(
-        self, plan: bytes, layout: list[Any], reports: list[bytes], updates: list[list[Handle]]
-    ) -> tuple[bytes, list[Handle]]:
-        total, handles = self.inner.merge(
-            RoundPlan.from_wire(plan, "driver"),
-            [ChunkLayout(*chunk) for chunk in layout],
-            [RegionReport.from_wire(report, "a region") for report in reports],
-            updates,
+def _check(
+    plan: RoundPlan,
+    chunks: range,
+    report: RegionReport,
+    handles: Sequence[Handle],
+    buffer: BufferConfig | None,
+) -> None:
+    """Refuse a report of another round (a later one, where they are buffered) or of other chunks than planned."""
+    if report.round > plan.round or (report.round < plan.round and not buffer):
+        raise AggregationError(f"{report.region!r} reports round {report.round}, expected {plan.round}")
+    at = chunks.start
+    for first, count in report.parts:
+        if first != at or count < 1:
+            break
+        at += count
+    if at != chunks.stop or len(report.chunk_bytes) != len(chunks) or len(handles) != len(report.parts):
+        held = ", ".join(f"{first}..{first + count - 1}" for first, count in report.parts)
+        raise RegionError(
+            report.region,
+            f"sent {len(report.chunk_bytes)} chunks ({held or 'none'}) in {len(handles)} buffers, "
+            f"expected chunks {chunks.start}..{chunks.stop - 1} in {len(report.parts)}",
         )
-        return total.to_wire(), handles
 
-    def pid(self) -> int:
-        """Process id, for memory measurements."""
-        return os.getpid()
+
+def _call(
+    plan: RoundPlan, layout: Sequence[ChunkLayout], chunks: range, sent: Sequence[_Sent]
+) -> tuple[bytes, list[Any], list[list[Handle]]]:
+    """Arguments of `Folder.fold` and `Folder.gram`, with no more than the parts that hold `chunks`."""
+    cut = [one.bundle.within(chunks) for one in sent]
+    sources = tuple(
+        Source(
+            name=one.name,
+            weight=one.weight,
+            round=one.round,
+            relayed=one.relayed,
+            chunk_bytes=bundle.sizes,
+            parts=bundle.parts,
+        )
+        for one, bundle in zip(sent, cut, strict=True)
+    )
+    order = FoldOrder(round=plan.round, chunks=(chunks.start, chunks.stop), sources=sources)
+    return order.to_wire(), [(c.length, c.matrices) for c in layout], [list(b.handles) for b in cut]
+
+
+def _bundle(answer: tuple[bytes, Sequence[Handle]]) -> tuple[Bundle, tuple[float, ...]]:
+    """What `Folder.fold` answered."""
+    folded = Folded.from_wire(answer[0], "aggregator")
+    return Bundle(folded.parts, folded.chunk_bytes, tuple(answer[1])), folded.norms_squared
 
 
 class AggregatorHandle(Protocol):
-    """The aggregation actor as the driver sees it."""
+    """The aggregation actors as the driver sees them."""
 
     def merge(
         self,
@@ -267,14 +257,19 @@ class AggregatorHandle(Protocol):
 
 
 class ClusterAggregation:
-    """The driver's side of an aggregation actor in its own Ray cluster."""
+    """The aggregation actors of a job in its Ray cluster.
 
-    def __init__(self, job: JobConfig) -> None:
-        self._job = dump_job(job)
-        self._start()
+    Args:
+        job: the whole job.
+        enforce_labels: place a cloud's actor on a node with the label `cloud`.
+    """
 
-    def _start(self) -> None:
-        self.actor = ray.remote(AggregationActor).options(num_cpus=0).remote(self._job)
+    def __init__(self, job: JobConfig, enforce_labels: bool = False) -> None:
+        self._job, self._enforce_labels = dump_job(job), enforce_labels
+        self._shares = job.aggregation_actors
+        self._aggregation = Aggregation(job, self)
+        self.actors: dict[int | str, Any] = {}
+        self.restart()
 
     def merge(
         self,
@@ -283,16 +278,31 @@ class ClusterAggregation:
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
     ) -> Future[tuple[RoundSum, list[Handle]]]:
-        """Merge in the actor; see `Aggregation.merge`."""
-        reference = self.actor.merge.remote(
-            plan.to_wire(),
-            [(c.length, c.matrices) for c in layout],
-            [r.to_wire() for r in reports],
-            [list(u) for u in updates],
-        )
-        return call("the aggregator", reference, lambda r: (RoundSum.from_wire(r[0], "aggregator"), r[1]))
+        """Merge in the actors; see `Aggregation.merge`."""
+        return later("the aggregator", lambda: self._aggregation.merge(plan, layout, reports, updates))
 
     def restart(self) -> None:
-        """A fresh actor; it holds no state worth saving."""
-        ray.kill(self.actor)
-        self._start()
+        """Fresh actors; they hold no state worth saving. A cloud's comes when it is needed: its nodes may
+        come up with its regions."""
+        for actor in self.actors.values():
+            ray.kill(actor)
+        self.actors = {share: self._start(None) for share in range(self._shares)}
+
+    def ask(self, method: str, calls: Mapping[Who, tuple[Any, ...]]) -> dict[Who, Any]:
+        """Call a method of several actors at once; see `Crew`."""
+        for who in calls:
+            if who not in self.actors:
+                self.actors[who] = self._start(str(who))
+        references = [getattr(self.actors[who], method).remote(*args) for who, args in calls.items()]
+        return dict(zip(calls, gather(references), strict=True))
+
+    def _start(self, cloud: str | None) -> Any:
+        here = ray.get_runtime_context().get_node_id()
+        options: dict[str, Any] = {"num_cpus": 0}
+        if cloud is None:  # at the hub, beside the driver, as long as there is room
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=True)
+        if cloud is not None and self._enforce_labels:
+            if not any(node["Alive"] and node["Labels"].get("cloud") == cloud for node in ray.nodes()):
+                raise PlacementError(f"hierarchy: no live node carries the label cloud={cloud}")
+            options["label_selector"] = {"cloud": cloud}
+        return ray.remote(Folder).options(**options).remote(self._job, RayBlobs(cloud), cloud)

@@ -1,8 +1,8 @@
 """Aggregators: how the updates of several regions become one.
 
-An aggregator first turns the regions' reports into weights, then combines one chunk at a
-time. It never sees a whole model. `needs_plaintext` says that it must see single updates
-(median, Krum) and therefore cannot run under masks.
+An aggregator first turns the regions' reports into weights; then one chunk at a time is combined. It never
+sees a whole model. Most are weighted sums (`additive`), which the aggregation folds one update after the other.
+`needs_plaintext` says that it must see single updates (median, Krum) and therefore cannot run under masks.
 
 `mean` is federated averaging (FedAvg, arXiv 1602.05629): each region's pseudo-gradient
 weighted by the tokens behind it. With outer SGD at learning rate 1 this is FedAvg; with
@@ -45,6 +45,8 @@ class Aggregator(Protocol):
     needs_plaintext: bool
     needs_gram: bool
     """Whether `weights` wants the updates' inner products, which takes one more pass over them."""
+    additive: bool
+    """Whether `combine` is the sum of weights x updates; the aggregation may then take it in any pieces."""
 
     def weights(self, reports: Sequence[RegionReport], gram: Gram | None = None) -> list[float]:
         """One weight for each report; they sum to 1 unless the algorithm bounds or restores lengths.
@@ -84,10 +86,14 @@ AGGREGATORS: Registry[AggregatorConfig] = Registry("aggregator", AggregatorConfi
 
 
 class Mean:
-    """Weighted mean, folded block by block in the order given."""
+    """Weighted mean, folded block by block in the order given.
+
+    An update of weight 0 is left out rather than multiplied: 0 x NaN is NaN.
+    """
 
     needs_plaintext = False
     needs_gram = False
+    additive = True
 
     def __init__(self, weigh_by: Literal["tokens", "equal"]) -> None:
         self.weigh_by = weigh_by
@@ -102,7 +108,11 @@ class Mean:
         weights: Sequence[float],
         out: Array,
     ) -> None:
-        scale = [np.float32(w) for w in weights]
+        counted = [(u, np.float32(w)) for u, w in zip(updates, weights, strict=True) if w]
+        if not counted:
+            out[:] = 0
+            return
+        updates, scale = [u for u, _ in counted], [w for _, w in counted]
         alike = len(set(scale)) == 1  # one pass less for each region, and the common case
         work = np.empty(
             0 if alike else min(BLOCK, out.size), np.float32
@@ -168,6 +178,7 @@ class Coordinatewise:
 
     needs_plaintext = True
     needs_gram = False
+    additive = False
 
     def __init__(self, trim: float) -> None:
         self.trim = trim
@@ -219,7 +230,9 @@ def _krum(faulty: int, keep: int | None) -> Callable[[Sequence[RegionReport], Gr
             )
         kept = min(count, keep or count - faulty)
         squares = np.diag(gram)
-        distances = squares[:, None] + squares[None, :] - 2 * gram
+        with np.errstate(invalid="ignore"):
+            distances = squares[:, None] + squares[None, :] - 2 * gram
+        distances[~np.isfinite(distances)] = np.inf  # whatever holds NaN or Inf lies apart from all others
         near = np.sort(distances, axis=1)[:, 1 : max(2, count - faulty - 1)]  # the first is its own, zero
         best = np.argsort(near.sum(axis=1), kind="stable")[:kept]
         return [1.0 / kept if i in best else 0.0 for i in range(count)]

@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -26,7 +26,7 @@ from pydantic import (
 
 from xcloud.aggregators import AGGREGATORS, AggregatorConfig, MeanConfig
 from xcloud.cloud.settings import PlacementConfig
-from xcloud.codecs import CODECS, Codec, CodecConfig, IdentityConfig
+from xcloud.codecs import CODECS, BFloat16Config, Codec, CodecConfig, IdentityConfig
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
@@ -39,6 +39,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "HierarchyConfig",
     "JobConfig",
     "PoolConfig",
     "RegionConfig",
@@ -143,6 +144,25 @@ class CheckpointConfig(_Section):
     keep: Annotated[int, Field(ge=1)] = 2
 
 
+class HierarchyConfig(_Section):
+    """Where updates meet on their way into the sum.
+
+    Attributes:
+        type: `flat`: all at the aggregator. `cloud`: regions of one cloud first, by an aggregator in it.
+        codec: of a cloud's mean on its way to the aggregator; null: bf16. Encodings that add need none.
+    """
+
+    type: Literal["flat", "cloud"] = "flat"
+    codec: Annotated[
+        SerializeAsAny[CodecConfig] | None,
+        BeforeValidator(lambda value: None if value is None else CODECS.parse(value)),
+    ] = None
+
+    def relay(self) -> Codec:
+        """The codec between a cloud's aggregator and the root."""
+        return (self.codec or BFloat16Config()).build()
+
+
 class JobConfig(_Section):
     """A whole job. See `docs/job-file.md` for every key."""
 
@@ -157,6 +177,10 @@ class JobConfig(_Section):
     regions: Annotated[tuple[RegionConfig, ...], Field(min_length=1)]
     inner: InnerConfig = InnerConfig()
     aggregator: Annotated[SerializeAsAny[AggregatorConfig], BeforeValidator(AGGREGATORS.parse)] = MeanConfig()
+    aggregation_actors: Annotated[int, Field(ge=1)] = 1
+    hierarchy: Annotated[
+        HierarchyConfig, BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value)
+    ] = HierarchyConfig()
     outer: Annotated[SerializeAsAny[OuterConfig], BeforeValidator(OUTER_OPTIMIZERS.parse)] = NesterovConfig()
     codec: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
     downlink: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
@@ -199,6 +223,7 @@ class JobConfig(_Section):
                 "does not keep; expected identity, bf16, block, e3m0 or sparse"
             )
         self._check_timing(codec)
+        self._check_hierarchy(codec)
         for r, region in enumerate(self.regions):
             for p, pool in enumerate(region.pools):
                 if pool.precision == "fp16" and not pool.on_gpu:
@@ -248,6 +273,32 @@ class JobConfig(_Section):
     def needed(self) -> int:
         """Regions that a round cannot do without."""
         return self.buffer.goal if self.buffer else self.failure.quorum or len(self.regions)
+
+    def _check_hierarchy(self, codec: Codec) -> None:
+        """Refuse what cannot be merged in two steps."""
+        if self.hierarchy.type == "flat":
+            if self.hierarchy.codec is not None:
+                raise ValueError(
+                    "hierarchy.codec has nothing to do with type 'flat'; expected type 'cloud', or no codec"
+                )
+            return
+        aggregator = self.aggregator.build()
+        if aggregator.needs_gram or not aggregator.additive:
+            raise ValueError(
+                f"hierarchy 'cloud' merges the regions of a cloud first, but aggregator {self.aggregator.type!r} "
+                "must see all updates side by side; expected mean, dynamic, fednova or loss_over_size, "
+                "or hierarchy flat"
+            )
+        if self.hierarchy.codec is not None and adds_up(codec):
+            raise ValueError(
+                f"hierarchy.codec {self.hierarchy.codec.type!r} has nothing to do: encodings of codec "
+                f"{self.codec.type!r} are added unopened inside a cloud too; leave it out"
+            )
+        if self.hierarchy.codec is not None and adds_up(self.hierarchy.relay()):
+            raise ValueError(
+                f"hierarchy.codec {self.hierarchy.codec.type!r} takes its scale from what "
+                "came before, which an aggregator does not keep; expected identity, bf16, block, e3m0 or sparse"
+            )
 
     @property
     def cpus(self) -> int:

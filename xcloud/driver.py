@@ -166,14 +166,14 @@ class Run:
         applied = self.fleet.apply(total, handles, sync.evaluate)
         if not applied:  # most likely the aggregator has died, and the merged update with it
             return self.again(sync.plan, "every region was lost while it applied the merged update")
-        self.commit(sync, applied)
+        self.commit(sync, total, applied)
         return True
 
-    def commit(self, sync: Sync, applied: Mapping[str, Applied]) -> None:
+    def commit(self, sync: Sync, total: RoundSum, applied: Mapping[str, Applied]) -> None:
         """Book a round that every region has taken up."""
         reports = {name: report for name, (report, _) in sync.offers.items()}
         wall_s = time.perf_counter() - max(sync.began, self.closed)
-        self.log.round(self.ledger.close_round(sync.plan, reports, applied, wall_s))
+        self.log.round(self.ledger.close_round(sync.plan, reports, total, applied, wall_s))
         self.closed = time.perf_counter()
         for name, answer in applied.items():
             if answer.pools:

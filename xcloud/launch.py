@@ -56,7 +56,7 @@ def train(
         build = partial(ClusterRegion, job, enforce_labels=not session.local, checkpoint_url=store.url)
         fleet = Fleet(names, build, job.failure, log)
         try:
-            aggregator = ClusterAggregation(job)
+            aggregator = ClusterAggregation(job, enforce_labels=not session.local)
             return Run(job, fleet, aggregator, store, log, stop or threading.Event()).play(record, stop_after)
         except KeyboardInterrupt:
             log.event("run_stopped", round=max(store.rounds(), default=0), reason="interrupted at once")

@@ -12,12 +12,12 @@ from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
 from xcloud.errors import CheckpointError, DivergenceError
 from xcloud.manifest import ChunkLayout
-from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, Saved
+from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
 from xcloud.metrics import RegionRow, RoundRow, read_events
 
 __all__ = ["Ledger", "Outcome", "check_job", "find_commit", "keep_job", "mean_loss"]
 
-CHANGEABLE = ("rounds", "failure", "checkpoint", "evaluation")
+CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
 
 
@@ -118,6 +118,7 @@ class Ledger:
         self,
         plan: RoundPlan,
         reports: Mapping[str, RegionReport],
+        total: RoundSum,
         applied: Mapping[str, Applied],
         wall_s: float,
     ) -> RoundRow:
@@ -139,6 +140,8 @@ class Ledger:
         loss = mean_loss(applied.values())
         self.eval_loss = self.eval_loss if loss is None else loss
         compute_s = max(report.compute_s for report in reports.values())
+        cloud = {region.name: region.cloud for region in self.job.regions}
+        receivers = {(cloud[n],) if cloud[n] in total.near else n: a.bytes_down for n, a in applied.items()}
         eval_s = max(answer.eval_s for answer in applied.values())
         return RoundRow(
             round=plan.round,
@@ -150,6 +153,10 @@ class Ledger:
             tokens=tokens,
             bytes_up=sum(report.bytes_up for report in reports.values()),
             bytes_down=sum(answer.bytes_down for answer in applied.values()),
+            egress_bytes_up=sum(report.bytes_up for report in reports.values())
+            if total.egress_up is None
+            else total.egress_up,
+            egress_bytes_down=sum(receivers.values()),
             compute_s=compute_s,
             sync_s=max(0.0, wall_s - compute_s - eval_s),
             regions={name: self._region_row(report, applied.get(name)) for name, report in reports.items()},

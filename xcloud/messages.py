@@ -16,6 +16,8 @@ from xcloud.errors import MessageError
 __all__ = [
     "Applied",
     "CheckpointFile",
+    "FoldOrder",
+    "Folded",
     "Message",
     "PoolReport",
     "Progress",
@@ -27,6 +29,7 @@ __all__ = [
     "RoundSum",
     "SaveOrder",
     "Saved",
+    "Source",
     "json_safe",
 ]
 
@@ -161,13 +164,41 @@ class RegionReport(Message):
         return sum(self.chunk_bytes)
 
 
+class Source(Message):
+    """One update to fold: a region's, or (`relayed`) the mean of a cloud's regions. Fields as in `RegionReport`."""
+
+    name: str
+    weight: float
+    round: int
+    relayed: bool
+    chunk_bytes: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...]
+
+
+class FoldOrder(Message):
+    """What one folder is asked to fold: a half-open range of chunk ids, of these updates in this order."""
+
+    round: int
+    chunks: tuple[int, int]
+    sources: tuple[Source, ...]
+
+
+class Folded(Message):
+    """What a folder has folded; its buffers travel beside this. No norms where it has opened nothing."""
+
+    chunk_bytes: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...]
+    norms_squared: tuple[float, ...]
+
+
 class RoundSum(Message):
     """The merged update of one round; its buffers travel beside this, one for each part.
 
     Either a total of the regions' encodings (`summed`, to be divided by `total_share`), which only the
     regions can decode, or the weighted combination, encoded with the job's downlink codec (its `norm` is
     then known). `lands_in` is the round during which it is taken up; None: at once. A sum of no regions changes
-    nothing: the round was given up while the next was under way.
+    nothing: the round was given up while the next was under way. `egress_up` counts the bytes that crossed between clouds on the way up (None: all of them
+    did); `near` names the clouds that have a copy of the merged update for all their regions.
     """
 
     round: int
@@ -201,6 +232,9 @@ class RoundSum(Message):
         """Chunk ids that were merged."""
         first = self.parts[0][0] if self.parts else 0
         return range(first, first + len(self.chunk_bytes))
+
+    egress_up: int | None = None
+    near: tuple[str, ...] = ()
 
     @property
     def bytes_down(self) -> int:

@@ -98,7 +98,12 @@ class RegionRow(_Row):
 
 
 class RoundRow(_Row):
-    """One committed round: totals, and a row per region that took part. Units as in `RegionRow`."""
+    """One committed round: totals, and a row per region that took part. Units as in `RegionRow`.
+
+    Attributes:
+        egress_bytes_up: of `bytes_up`, what crossed between clouds: all of it unless they merge inside first.
+        egress_bytes_down: the same on the way down. None in rows of runs from before it was counted.
+    """
 
     round: int
     attempt: int
@@ -107,6 +112,8 @@ class RoundRow(_Row):
     tokens: int
     bytes_up: int
     bytes_down: int
+    egress_bytes_up: int | None = None
+    egress_bytes_down: int | None = None
     compute_s: Number
     sync_s: Number
     regions: dict[str, RegionRow]
@@ -459,6 +466,8 @@ def _scalars(row: RoundRow) -> dict[str, float | None]:
         "loss/train": row.train_loss,
         "loss/eval": row.eval_loss,
         "tokens": row.tokens,
+        "egress/up": row.egress_bytes_up,
+        "egress/down": row.egress_bytes_down,
         "bytes/up": row.bytes_up,
         "bytes/down": row.bytes_down,
         "seconds/compute": row.compute_s,

@@ -36,6 +36,10 @@ class BlobStore(Protocol):
         """The buffers of `handles`, read-only, in order."""
         ...
 
+    def prefetch(self, handles: Sequence[Any]) -> None:
+        """Have buffers brought near, since they will be read soon; returns at once."""
+        ...
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -65,6 +69,19 @@ class Bundle:
             tuple(size for b in ordered for size in b.sizes),
             tuple(handle for b in ordered for handle in b.handles),
         )
+
+    def within(self, chunks: range) -> Bundle:
+        """No more than the parts that hold some of `chunks`."""
+        parts, handles, at = [], [], 0
+        sizes: list[int] = []
+        for part, handle in zip(self.parts, self.handles, strict=True):
+            first, count = part
+            if first < chunks.stop and first + count > chunks.start:
+                parts.append(part)
+                sizes += self.sizes[at : at + count]
+                handles.append(handle)
+            at += count
+        return Bundle(tuple(parts), tuple(sizes), tuple(handles))
 
 
 class PartWriter:

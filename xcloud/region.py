@@ -181,7 +181,7 @@ class Region:
         self.name = name
         self.settings = job.region(name)
         self.enforce_labels = enforce_labels
-        self.blobs = RayBlobs()
+        self.blobs = RayBlobs(self.settings.cloud)
         self.pools: list[Pool] = []
         self.cursor = 0
         self.model_digest = ""

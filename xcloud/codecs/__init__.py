@@ -1,6 +1,6 @@
 """Codecs: how one chunk of an update becomes bytes on the wire. One file for each algorithm."""
 
-from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame
+from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame, accumulate
 from xcloud.codecs.block import Block, BlockConfig
 from xcloud.codecs.e3m0 import E3M0, E3M0Config
 from xcloud.codecs.fixed import Fixed, FixedConfig
@@ -36,4 +36,5 @@ __all__ = [
     "SparseConfig",
     "TopK",
     "TopKConfig",
+    "accumulate",
 ]

@@ -13,17 +13,31 @@ additive masks, and only for them does the aggregator never open a single update
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from xcloud.registry import PartConfig, Registry
 
-__all__ = ["CODECS", "Array", "Bytes", "Codec", "CodecConfig", "Frame", "Opened", "expect_bytes"]
+__all__ = [
+    "CODECS",
+    "Accumulates",
+    "Array",
+    "Bytes",
+    "Codec",
+    "CodecConfig",
+    "Frame",
+    "Opened",
+    "accumulate",
+    "expect_bytes",
+]
 
 Array = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+
+BLOCK = 1 << 17
+"""Elements scaled at a time: they stay in cache until they are added."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,35 @@ class Codec(Protocol):
             frame: of the chunk in this sync.
         """
         ...
+
+
+@runtime_checkable
+class Accumulates(Protocol):
+    """A codec that adds what it decodes to a sum without a decoded chunk in between."""
+
+    def accumulate(self, data: Bytes, weight: np.float32, out: Array, frame: Frame) -> None:
+        """See `accumulate`; the bits are those of decoding first."""
+        ...
+
+
+def accumulate(codec: Codec, data: Bytes, weight: np.float32, out: Array, frame: Frame) -> None:
+    """Add `weight` x what `data` decodes to (fp32, as long as `out`) to `out`.
+
+    Raises:
+        ValueError: `data` cannot be the encoding of so many values; `out` is then undefined.
+    """
+    if isinstance(codec, Accumulates):
+        codec.accumulate(data, weight, out, frame)
+        return
+    values = codec.decode(data, out.size, frame)
+    if weight == 1:
+        np.add(out, values, out=out)
+        return
+    work = np.empty(min(BLOCK, out.size), np.float32)
+    for start in range(0, out.size, BLOCK):
+        total = out[start : start + BLOCK]
+        product = np.multiply(values[start : start + BLOCK], weight, out=work[: total.size])
+        np.add(total, product, out=total)
 
 
 class Opened:

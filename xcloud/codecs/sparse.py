@@ -133,8 +133,8 @@ def _encode_topk(values: Any, patterns: Any, k: int, out: Any) -> None:
 
 
 @jit
-def _decode_topk(data: Any, k: int, out: Any) -> int:
-    """-1, or the block in which an index makes no sense."""
+def _add_topk(data: Any, k: int, weight: Any, out: Any) -> int:
+    """Adds to `out`. -1, or the block in which an index makes no sense."""
     one = np.empty(1, np.float32)
     at = 0
     for start in range(0, out.size, 4096):
@@ -154,7 +154,7 @@ def _decode_topk(data: Any, k: int, out: Any) -> int:
             before = index
             code = (data[codes + position // 4] >> np.uint8(2 * (position % 4))) & np.uint8(3)
             size = high if code & np.uint8(2) else low
-            out[start + index] = -size if code & np.uint8(1) else size
+            out[start + index] += weight * (-size if code & np.uint8(1) else size)
         at = codes + (2 * kept + 7) // 8
     return -1
 
@@ -172,13 +172,17 @@ class TopK(Opened):
         return out
 
     def decode(self, data: Bytes, length: int, frame: Frame) -> Array:
-        del frame
-        expect_bytes(data, self._bytes(length), length, f"top {self.k} of each {BLOCK}")
         out = np.zeros(length, np.float32)
-        bad = _decode_topk(constant(data), self.k, out)
+        self.accumulate(data, np.float32(1), out, frame)
+        return out
+
+    def accumulate(self, data: Bytes, weight: np.float32, out: Array, frame: Frame) -> None:
+        """Only the coordinates that were sent are touched."""
+        del frame
+        expect_bytes(data, self._bytes(out.size), out.size, f"top {self.k} of each {BLOCK}")
+        bad = _add_topk(constant(data), self.k, weight, out)
         if bad >= 0:
             raise ValueError(f"block {bad} holds indices that are not in order or outside of it")
-        return out
 
     def _bytes(self, length: int) -> int:
         whole, rest = divmod(length, BLOCK)

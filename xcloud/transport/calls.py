@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from xcloud.errors import RegionError, XCloudError
 
-__all__ = ["call", "gather", "in_own_words"]
+__all__ = ["call", "gather", "in_own_words", "later"]
 
 T = TypeVar("T")
 
@@ -25,12 +25,17 @@ def call(peer: str, reference: Any, parse: Callable[[Any], T]) -> Future[T]:
         reference: the call's ObjectRef.
         parse: turns the raw result into a message.
     """
+    return later(peer, lambda: parse(ray.get(reference)))
+
+
+def later(peer: str, work: Callable[[], T]) -> Future[T]:
+    """A future of `work`, done in a thread of its own, with its errors in xcloud's words; `peer` as in `call`."""
     result: Future[T] = Future()
     result.set_running_or_notify_cancel()
 
     def wait() -> None:
         try:
-            result.set_result(parse(ray.get(reference)))
+            result.set_result(work())
         except BaseException as error:  # noqa: BLE001 - handed on to whoever waits for the future
             result.set_exception(in_own_words(peer, error))
 

@@ -1,0 +1,334 @@
+"""Folding: chunks of several updates become one, a few of them at a time.
+
+A `Folder` is the work of one aggregation actor: it is stateless, and holds chunk buffers of the fold in
+flight and nothing else: no model, no outer optimizer, no key. Chunks are folded one id at a time, over the
+updates in the order given, so the sum does not depend on who came first and is bit for bit the same after
+a resume, and whichever folder takes which chunks. Encodings that add are added as they are; all others are
+opened, combined, and encoded again.
+
+What is opened at once: of a weighted mean nothing but the chunk that is being added to its part, whatever the
+number of updates. A median, a trimmed mean and inner products need one chunk of every update side by side;
+one thread then works alone, unless two sets fit into `OPENED_BYTES`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from xcloud.codecs import Array, Bytes, Codec, Frame, Identity, accumulate
+from xcloud.config import parse_job
+from xcloud.errors import AggregationError, NonFiniteUpdateError, RegionError
+from xcloud.manifest import ChunkLayout
+from xcloud.messages import Folded, FoldOrder
+from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
+from xcloud.transport.blobs import Handle
+from xcloud.update import Framing, adds_up
+
+__all__ = ["Folder"]
+
+
+THREADS = 2
+"""Parts folded side by side; each thread holds one part's buffer."""
+
+PART_BYTES = 16 << 20
+"""Shorter than the regions' parts: these buffers are all that a fold adds to its process."""
+
+OPENED_BYTES = 64 << 20
+"""Decoded chunks that several threads may hold together, where a chunk of every update is needed at once."""
+
+AHEAD = 8
+"""Most parts that are sent for ahead of the one span that will need them."""
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One update of a fold: whose it is, what it counts, how and in which round it is encoded, where it lies."""
+
+    name: str
+    weight: float
+    round: int
+    codec: Codec
+    bundle: Bundle
+
+
+class Folder:
+    """Folds the chunks that it is asked to. Headers come and go as JSON bytes, buffers as handles.
+
+    Args:
+        job: as YAML; says how updates combine, and how they are encoded on their way up and down.
+        blobs: where the chunks are.
+        cloud: merges the regions of this cloud for the root; None: is the root, or a share of it.
+    """
+
+    def __init__(self, job: str, blobs: BlobStore, cloud: str | None = None) -> None:
+        parsed = parse_job(job)
+        self.aggregator = parsed.aggregator.build()
+        self.codec, self.relay = parsed.codec.build(), parsed.hierarchy.relay()
+        self.encoder = parsed.downlink.build() if cloud is None else self.relay
+        self.summed = adds_up(self.codec)
+        who = "aggregator" if cloud is None else f"aggregator of {cloud}"
+        self.framing = Framing(parsed.name, parsed.seed, len(parsed.regions), who)
+        self.blobs = blobs
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._own = (
+            threading.local()
+        )  # each thread's buffer, made once: fresh ones would cost as much as the fold
+
+    def pid(self) -> int:
+        """Process id, for fault tests and memory measurements."""
+        return os.getpid()
+
+    def copy(self, handles: Sequence[Handle]) -> list[Handle]:
+        """Buffers of our own with the same contents, for readers nearby."""
+        return [self.blobs.put(buffer) for handle in handles for buffer in self.blobs.get([handle])]
+
+    def gram(
+        self, order: bytes, layout: Sequence[Any], updates: Sequence[Sequence[Handle]]
+    ) -> npt.NDArray[np.float64]:
+        """Inner products of the updates in each chunk, (chunks, n, n).
+
+        Raises:
+            RegionError: a region's chunk has the wrong size or cannot be fetched.
+        """
+        ordered, shapes, sent = self._open(order, layout, updates)
+
+        def products(span: range) -> npt.NDArray[np.float64]:
+            readers = [self._reader(update, span) for update in sent]
+            found = np.zeros((len(span), len(sent), len(sent)))
+            for gram, chunk in zip(found, span, strict=True):
+                values = [
+                    self._opened(u, r, chunk, shapes[chunk]) for u, r in zip(sent, readers, strict=True)
+                ]
+                with np.errstate(over="ignore", invalid="ignore"):  # the aggregator judges what is not finite
+                    for i, one in enumerate(values):
+                        for j in range(i + 1):
+                            gram[i, j] = gram[j, i] = float(np.dot(one, values[j]))
+            return found
+
+        return np.concatenate(self._each(products, range(*ordered.chunks), shapes, sent, together=True))
+
+    def fold(
+        self, order: bytes, layout: Sequence[Any], updates: Sequence[Sequence[Handle]]
+    ) -> tuple[bytes, list[Handle]]:
+        """Combine the updates, chunk by chunk.
+
+        Args:
+            order: what to fold (`FoldOrder`).
+            layout: length and matrices of every chunk of the model.
+            updates: for each source of the order, one handle for each of its parts.
+
+        Returns:
+            A `Folded`, and one handle for each of its parts.
+
+        Raises:
+            RegionError: a region's chunk has the wrong size, cannot be fetched or is not finite.
+            AggregationError: the sum is not finite.
+        """
+        ordered, shapes, sent = self._open(order, layout, updates)
+        additive = self.summed or self.aggregator.additive
+        if additive and not self.summed:
+            sent = [update for update in sent if update.weight]  # rather than multiplied: 0 x NaN is NaN
+
+        def folded(span: range) -> tuple[Bundle, list[float]]:
+            return self._fold(span, ordered.round, shapes, sent)
+
+        done = self._each(folded, range(*ordered.chunks), shapes, sent, together=not additive)
+        merged = Bundle.join(bundle for bundle, _ in done)
+        norms = tuple(norm for _, norms in done for norm in norms)
+        header = Folded(parts=merged.parts, chunk_bytes=merged.sizes, norms_squared=norms)
+        return header.to_wire(), list(merged.handles)
+
+    def _open(
+        self, order: bytes, layout: Sequence[Any], updates: Sequence[Sequence[Handle]]
+    ) -> tuple[FoldOrder, list[ChunkLayout], list[_Update]]:
+        ordered = FoldOrder.from_wire(order, "driver")
+        sent = [
+            _Update(
+                source.name,
+                source.weight,
+                source.round,
+                self.relay if source.relayed and not self.summed else self.codec,
+                Bundle(source.parts, source.chunk_bytes, tuple(handles)),
+            )
+            for source, handles in zip(ordered.sources, updates, strict=True)
+        ]
+        return ordered, [ChunkLayout(*chunk) for chunk in layout], sent
+
+    def _each(
+        self,
+        work: Callable[[range], Any],
+        chunks: range,
+        layout: Sequence[ChunkLayout],
+        sent: Sequence[_Update],
+        *,
+        together: bool,
+    ) -> list[Any]:
+        """Do `work` for the chunks of each outgoing part, while the parts for the next are on their way.
+
+        Args:
+            together: it opens a chunk of every update at once.
+        """
+        spans = _spans(layout, chunks, PART_BYTES // 4)
+        coming = _arrivals(spans, [update.bundle for update in sent])
+        for handles in coming[:THREADS]:
+            self.blobs.prefetch(handles)
+
+        def one(index: int) -> Any:
+            if index + THREADS < len(spans):
+                self.blobs.prefetch(coming[index + THREADS][:AHEAD])
+            return work(spans[index])
+
+        opened = sum(not isinstance(update.codec, Identity) for update in sent)  # identity's are views
+        longest = max((layout[chunk].length for chunk in chunks), default=0)
+        alone = together and THREADS * opened * 4 * longest > OPENED_BYTES
+        each: Iterable[Any] = (map if alone else self._pool.map)(one, range(len(spans)))
+        return list(each)
+
+    def _fold(
+        self, span: range, round: int, layout: Sequence[ChunkLayout], sent: Sequence[_Update]
+    ) -> tuple[Bundle, list[float]]:
+        """Fold the chunks of one outgoing part: its bundle and each chunk's squared norm."""
+        readers = [self._reader(update, span) for update in sent]
+        writer = getattr(self._own, "writer", None)
+        if writer is None:
+            writer = PartWriter(self.blobs.put, [chunk.length for chunk in layout], PART_BYTES)
+        self._own.writer = None  # until this span is done: a failed one leaves it half full
+        norms = []
+        for chunk in span:
+            frame = self.framing.frame(round, chunk, layout[chunk])
+            if self.summed:
+                writer.add(chunk, self._total(sent, readers, chunk, layout[chunk].length, frame))
+                continue
+            out = writer.slot(layout[chunk].length)
+            with np.errstate(over="ignore", invalid="ignore"):  # told by the region's name, below
+                self._combine(sent, readers, chunk, layout[chunk], out)
+                norm_squared = float(np.dot(out, out))
+            if not np.isfinite(norm_squared):
+                self._blame(sent, readers, chunk, layout[chunk], out)
+                norm_squared = float(np.dot(out.astype(np.float64), out.astype(np.float64)))
+            norms.append(norm_squared)
+            writer.add(chunk, self.encoder.encode(out, frame))
+        bundle, self._own.writer = writer.finish(), writer
+        return bundle, norms
+
+    def _combine(
+        self,
+        sent: Sequence[_Update],
+        readers: Sequence[PartReader],
+        chunk: int,
+        shape: ChunkLayout,
+        out: Array,
+    ) -> None:
+        if not self.aggregator.additive:
+            values = [self._opened(u, r, chunk, shape) for u, r in zip(sent, readers, strict=True)]
+            self.aggregator.combine(values, [update.weight for update in sent], out)
+            return
+        weights = [np.float32(update.weight) for update in sent]
+        alike = len(set(weights)) == 1  # one multiplication for all, and the common case
+        out[:] = 0
+        for update, reader, weight in zip(sent, readers, weights, strict=True):
+            data, frame = self._fetched(update, reader, chunk), self.framing.frame(update.round, chunk, shape)
+            try:
+                accumulate(update.codec, data, np.float32(1) if alike else weight, out, frame)
+            except ValueError as error:
+                raise _malformed(update, chunk, error) from None
+        if alike:
+            out *= weights[0]
+
+    def _blame(
+        self,
+        sent: Sequence[_Update],
+        readers: Sequence[PartReader],
+        chunk: int,
+        shape: ChunkLayout,
+        out: Array,
+    ) -> None:
+        """Say who made a chunk of the merged update not finite, unless only its norm is too large for fp32."""
+        if np.isfinite(out).all():
+            return
+        for update, reader in zip(sent, readers, strict=True):
+            if not np.isfinite(self._opened(update, reader, chunk, shape)).all():
+                raise NonFiniteUpdateError(update.name, f"chunk {chunk} of its update holds NaN or Inf")
+        raise AggregationError(f"the merged update is not finite in chunk {chunk}")
+
+    def _total(
+        self, sent: Sequence[_Update], readers: Sequence[PartReader], chunk: int, length: int, frame: Frame
+    ) -> Bytes:
+        """The encodings of one chunk, added without opening them."""
+        total: Bytes | None = None
+        for update, reader in zip(sent, readers, strict=True):
+            data = self._fetched(update, reader, chunk)
+            if total is None:
+                total = data.copy()
+                continue
+            if data.nbytes != total.nbytes:
+                raise RegionError(
+                    update.name,
+                    f"chunk {chunk} of its update ({length} values) has {data.nbytes} bytes, "
+                    f"expected {total.nbytes} as from {sent[0].name!r}",
+                )
+            self.codec.add(total, data, frame)
+        assert total is not None, "a round merges at least one region"
+        return total
+
+    def _reader(self, update: _Update, span: range) -> PartReader:
+        try:
+            return PartReader(self.blobs.get, update.bundle.within(span))
+        except ValueError as error:
+            raise RegionError(update.name, f"its update is malformed: {error}") from None
+
+    def _opened(self, update: _Update, reader: PartReader, chunk: int, shape: ChunkLayout) -> Array:
+        data = self._fetched(update, reader, chunk)
+        try:
+            return update.codec.decode(data, shape.length, self.framing.frame(update.round, chunk, shape))
+        except ValueError as error:
+            raise _malformed(update, chunk, error) from None
+
+    def _fetched(self, update: _Update, reader: PartReader, chunk: int) -> Bytes:
+        try:
+            return reader.read(chunk)
+        except ray.exceptions.RayError as error:
+            lost = f"chunk {chunk} of its update is lost ({type(error).__name__})"
+            raise RegionError(update.name, lost) from None
+        except ValueError as error:
+            raise _malformed(update, chunk, error) from None
+
+
+def _malformed(update: _Update, chunk: int, error: ValueError) -> RegionError:
+    return RegionError(update.name, f"chunk {chunk} of its update is malformed: {error}")
+
+
+def _spans(layout: Sequence[ChunkLayout], chunks: range, elements: int) -> list[range]:
+    """Runs of consecutive chunks of at most `elements` elements together, one chunk at least."""
+    spans, start, held = [], chunks.start, 0
+    for chunk in chunks:
+        if chunk > start and held + layout[chunk].length > elements:
+            spans.append(range(start, chunk))
+            start, held = chunk, 0
+        held += layout[chunk].length
+    return [*spans, range(start, chunks.stop)] if chunks else []
+
+
+def _arrivals(spans: Sequence[range], bundles: Sequence[Bundle]) -> list[list[Handle]]:
+    """For each span, the parts that it is the first to need."""
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for span in spans:
+        fresh = []
+        for number, bundle in enumerate(bundles):
+            needed = bundle.within(span)
+            for (first, _), handle in zip(needed.parts, needed.handles, strict=True):
+                if (number, first) not in seen:
+                    seen.add((number, first))
+                    fresh.append(handle)
+        found.append(fresh)
+    return found
