@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -100,6 +102,23 @@ def test_indices_beyond_the_block_and_gaps_without_end_are_refused(bits: int) ->
     endless[-2:] = 0
     with pytest.raises(ValueError):
         one.decode(endless, 100, Frame())
+
+
+@pytest.mark.parametrize(("length", "fraction"), [(1, 0.1), (300, 0.3), (1001, 0.7), (97, 1.0)])
+def test_random_k_draws_one_of_each_run_and_each_as_often(length: int, fraction: float) -> None:
+    """Runs are as even as can be, and without feedback a drawn value stands for its whole run."""
+    one, tries = codec("random_k", fraction=fraction, feedback=0.0), 4000
+    values, total = np.ones(length, np.float32), np.zeros(length)
+    count = max(1, round(length * fraction))
+    edges = np.arange(count + 1) * length // count
+    for seed in range(tries):
+        decoded = one.decode(one.encode(values, Frame(shared=seed)), length, Frame(shared=seed))
+        drawn = np.flatnonzero(decoded)
+        assert (np.searchsorted(edges, drawn, side="right") - 1 == np.arange(count)).all()
+        assert (decoded[drawn] == np.diff(edges)).all()
+        total += decoded
+    spread = math.sqrt(np.diff(edges).max() / tries)  # of the mean, at most
+    assert np.abs(total / tries - 1).max() < 5 * spread + 1e-9
 
 
 def binned(sizes: Array, levels: int) -> Array:
