@@ -225,7 +225,10 @@ class RankWorker:
                 for start, stop in _blocks(seg.length):
                     at = slice(seg.chunk_start + start, seg.chunk_start + stop)
                     self.outer.step(
-                        anchor[at], gradient[at], {slot: values[at] for slot, values in slots.items()}
+                        anchor[at],
+                        gradient[at],
+                        {slot: values[at] for slot, values in slots.items()},
+                        total.round,
                     )
                     hasher.update(anchor[at])
                 if seg.chunk_start + seg.length == anchor.size:
