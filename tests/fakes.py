@@ -362,7 +362,8 @@ class FakeRegion:
             merged = np.concatenate([self.world.blobs[handle] for handle in handles])
             starts, mix = self.manifest.chunk_starts, np.float32(self.job.streaming.mix)
             at = slice(starts[total.chunks.start], starts[total.chunks.stop])
-            self.outer.step(self.anchor[at], merged, {slot: v[at] for slot, v in self.state.items()})
+            sync = (total.round - 1) // self.job.streaming.fragments + 1
+            self.outer.step(self.anchor[at], merged, {slot: v[at] for slot, v in self.state.items()}, sync)
             self.local[at] = mix * self.local[at] + (1 - mix) * self.anchor[at]
         if self.pending is not None and self.pending[0].round <= total.round:
             if self.name in total.regions:

@@ -242,17 +242,43 @@ WRONG: list[tuple[str, Any, str]] = [
     ("regions.0.data", "stdlib", "regions[0].data[0].kind: required key is missing"),
     ("tokenizer", "huggingface", "tokenizer.path: required key is missing"),
     # unknown parts
-    ("outer", "nestorov", "outer: unknown outer optimizer 'nestorov'; known outer optimizer types: adam, nesterov, sgd, yogi (did"),
-    ("outer", {"lr": 1}, "outer: 'type' is missing; known outer optimizer types: adam, nesterov, sgd, yogi"),
+    ("outer", "nestorov", "outer: unknown outer optimizer 'nestorov'; known outer optimizer types: adam, delayed_nesterov, nesterov, sgd, yogi (did"),
+    ("outer", {"lr": 1}, "outer: 'type' is missing; known outer optimizer types: adam, delayed_nesterov, nesterov, sgd, yogi"),
     ("codec", "identty", "codec: unknown codec 'identty'; "),
     ("aggregator", "median2", "aggregator: unknown aggregator 'median2'; "),
     ("tokenizer", "byte", "tokenizer: unknown tokenizer 'byte'; known tokenizer types: bytes, "),
+    ("inner", {"correction": "fedprocks"}, "inner.correction: unknown correction 'fedprocks'; "),
     ("inner", {"optimizer": "adam"}, "inner.optimizer: unknown inner optimizer 'adam'; "),
     ("inner", {"schedule": "cosin"}, "inner.schedule: unknown learning-rate schedule 'cosin'; "),
     ("regions.0.data", {"type": "stdlb"}, "regions[0].data[0]: unknown data source 'stdlb'; "),
     # combinations that cannot be
     ("regions.1.name", "a", "regions: the name 'a' is used twice; names must be unique"),
     ("failure", {"quorum": 3}, "failure.quorum is 3, but 'regions' lists only 2; expected at most that many"),
+    (
+        "inner",
+        {"correction": "scaffold"},
+        "inner: correction scaffold takes the way that a region went for the sum of its gradients, which holds",
+    ),
+    (
+        "inner",
+        {"correction": "scaffold", "optimizer": {"type": "sgd", "momentum": 0.9}},
+        "inner: correction scaffold takes the way that a region went for the sum of its gradients, which holds",
+    ),
+    (
+        "inner",
+        {"correction": "scaffold", "optimizer": "sgd", "steps": 0},
+        "inner: correction scaffold needs inner steps; steps is 0, expected at least 1",
+    ),
+    (
+        "inner",
+        {"optimizer": {"type": "muon", "adjust_lr": "original"}},
+        "inner.optimizer: adjust_lr original measures 'lr' in other units than AdamW's; set 'adamw_lr' too",
+    ),
+    (
+        "outer",
+        {"type": "delayed_nesterov", "c": 0.5},
+        "outer: c is 0.5 and delay 4; expected c <= 1 / delay = 0.25",
+    ),
     (
         "regions.1.pools.0.precision",
         "fp16",
@@ -447,11 +473,29 @@ def test_dump_and_parse_give_the_same_job() -> None:
         "checkpoint": {"url": "s3://bucket/ü"},
         "data": {"cache_dir": "~"},
     }
+    raw["inner"]["correction"] = {"type": "fedprox", "mu": 1e-5}
     raw["regions"][0]["evaluate_on"] = [{"type": "text", "paths": "held-out/*.txt", "max_bytes": 100}]
     raw["regions"][0]["pools"][0]["labels"] = {"zone": "eu"}
     job = parse(raw)
     assert parse_job(dump_job(job)) == job
     assert dump_job(parse_job(dump_job(job))) == dump_job(job)
+
+
+def test_scaffold_names_the_optimizer_it_cannot_use() -> None:
+    for optimizer in ("adamw", "muon", {"type": "sgd", "momentum": 0.9}):
+        message = error(changed("inner", {"correction": "scaffold", "optimizer": optimizer}))
+        kind = optimizer if isinstance(optimizer, str) else "sgd"
+        assert f"optimizer is {kind!r}, expected sgd without momentum, or correction fedprox" in message
+
+
+def test_scaffold_needs_the_mean_and_muon_survives_a_dump() -> None:
+    raw = changed("inner", {"optimizer": "sgd", "correction": "scaffold"})
+    assert (
+        "inner.correction scaffold takes the merged update for the mean gradient of the regions; aggregator is "
+        in (error(raw, "aggregator=median"))
+    )
+    for job in (parse(raw), parse(JOB, "inner.optimizer={type: muon, adjust_lr: original, adamw_lr: 1e-3}")):
+        assert parse_job(dump_job(job)) == job
 
 
 @quick

@@ -32,7 +32,15 @@ from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
 from xcloud.policies import BufferConfig, FailureConfig, StreamingConfig
 from xcloud.registry import PartConfig, Registry, nearest
-from xcloud.training.settings import INNER_OPTIMIZERS, SCHEDULES, EngineConfig, InnerConfig, ModelConfig
+from xcloud.training.settings import (
+    CORRECTIONS,
+    INNER_OPTIMIZERS,
+    SCHEDULES,
+    EngineConfig,
+    InnerConfig,
+    ModelConfig,
+    ScaffoldConfig,
+)
 from xcloud.update import adds_up
 
 __all__ = [
@@ -56,6 +64,7 @@ FAMILIES: tuple[Registry[Any], ...] = (
     TOKENIZERS,
     INNER_OPTIMIZERS,
     SCHEDULES,
+    CORRECTIONS,
 )
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
@@ -224,6 +233,21 @@ class JobConfig(_Section):
             )
         self._check_timing(codec)
         self._check_hierarchy(codec)
+        if self.inner.correction is not None and self.streaming.keeps_local:
+            raise ValueError(
+                f"inner.correction {self.inner.correction.type!r} corrects the drift from a common model, but with "
+                "streaming a region goes on from its own; leave one of them out"
+            )
+        if isinstance(self.inner.correction, ScaffoldConfig) and self.buffer is not None:
+            raise ValueError(
+                "inner.correction scaffold needs updates of one round, while buffer merges those of several; "
+                "leave one of them out"
+            )
+        if isinstance(self.inner.correction, ScaffoldConfig) and not isinstance(self.aggregator, MeanConfig):
+            raise ValueError(
+                "inner.correction scaffold takes the merged update for the mean gradient of the regions; "
+                f"aggregator is {self.aggregator.type!r}, expected mean"
+            )
         for r, region in enumerate(self.regions):
             for p, pool in enumerate(region.pools):
                 if pool.precision == "fp16" and not pool.on_gpu:

@@ -17,7 +17,7 @@ from xcloud.config import JobConfig, PoolConfig
 from xcloud.launch import train
 from xcloud.messages import RoundPlan, RoundSum
 from xcloud.metrics import RunLog, read_rounds
-from xcloud.parts import PartReader, PartWriter
+from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.training.worker import RankWorker
 
 ROUNDS, LR = 3, 0.3
@@ -71,12 +71,12 @@ def test_three_regions_of_one_stage(tmp_path: Path, stage: int) -> None:
             assert torch.allclose(worker.parameters.read(name), value, rtol=0, atol=1e-5), name
 
 
-def play_round(workers: list[RankWorker], number: int) -> None:
-    """One round without actors."""
-    plan = RoundPlan(job="t", round=number, attempt=1, model_digest="", manifest_digest="", inner_steps=1)
+def play_round(workers: list[RankWorker], number: int, steps: int = 1) -> tuple[RoundSum, Bundle]:
+    """One round without actors; returns what came down."""
+    plan = RoundPlan(job="t", round=number, attempt=1, model_digest="", manifest_digest="", inner_steps=steps)
     offers = []
     for worker in workers:
-        worker.train(plan, (number - 1) * worker.spec.engine.micro_batch)
+        worker.train(plan, (number - 1) * steps * worker.spec.engine.micro_batch)
         offers.append(worker.offer(plan, 1.0))
     readers = [PartReader(w.blobs.get, o.bundle) for w, o in zip(workers, offers, strict=True)]
     mean, manifest = MeanConfig().build(), workers[0].manifest
@@ -98,6 +98,7 @@ def play_round(workers: list[RankWorker], number: int) -> None:
     )
     digests = [worker.apply(total, merged).digests for worker in workers]
     assert all(d == digests[0] for d in digests)
+    return total, merged
 
 
 def test_regions_of_different_stages_pools_and_world_sizes(tmp_path: Path) -> None:
