@@ -138,7 +138,14 @@ def test_a_row_counts_what_crossed_between_clouds(
     )
     applied = {
         name: Applied(
-            region=name, round=1, model_digest="next", eval_loss=1.0, eval_tokens=1, apply_s=0, eval_s=0
+            region=name,
+            round=1,
+            model_digest="next",
+            eval_loss=1.0,
+            eval_tokens=1,
+            bytes_down=300,
+            apply_s=0,
+            eval_s=0,
         )
         for name in names
     }
