@@ -266,6 +266,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ),
     (
         "inner",
+        {"correction": {"type": "fedprox", "mu": 20}, "optimizer": {"type": "sgd", "lr": 0.1}},
+        "inner: correction fedprox with mu 20 and optimizer.lr 0.1 steps past the anchor; expected mu * lr well below 1",
+    ),
+    (
+        "inner",
         {"correction": "scaffold", "optimizer": "sgd", "steps": 0},
         "inner: correction scaffold needs inner steps; steps is 0, expected at least 1",
     ),

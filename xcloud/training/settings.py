@@ -16,6 +16,7 @@ __all__ = [
     "AdamWConfig",
     "CorrectionConfig",
     "EngineConfig",
+    "FedProxConfig",
     "InnerConfig",
     "InnerOptimizerConfig",
     "ModelConfig",
@@ -281,7 +282,12 @@ class InnerConfig(BaseModel):
     ] = None
 
     @model_validator(mode="after")
-    def _plain_steps(self) -> InnerConfig:
+    def _correctable(self) -> InnerConfig:
+        if isinstance(self.correction, FedProxConfig) and self.correction.mu * self.optimizer.lr > 1:
+            raise ValueError(
+                f"correction fedprox with mu {self.correction.mu:g} and optimizer.lr {self.optimizer.lr:g} steps past "
+                "the anchor; expected mu * lr well below 1"
+            )
         if not isinstance(self.correction, ScaffoldConfig):
             return self
         plain = isinstance(self.optimizer, SGDConfig) and self.optimizer.momentum == 0
