@@ -16,34 +16,20 @@ import itertools
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 from xcloud.aggregation import AggregatorHandle
 from xcloud.checkpoint import CheckpointStore, CommitRecord
 from xcloud.config import JobConfig
 from xcloud.errors import AggregationError, DivergenceError, QuorumError, RegionError
-from xcloud.fleet import Fleet, RegionHandle
-from xcloud.ledger import Ledger, Outcome
-from xcloud.messages import Applied, RegionReport, RoundPlan, RoundSum, Saved, SaveOrder, json_safe
+from xcloud.fleet import Fleet
+from xcloud.ledger import Ledger, Offers, Outcome, Sync
+from xcloud.messages import Applied, RoundPlan, RoundSum, json_safe
 from xcloud.metrics import RunLog
 from xcloud.policies import Action, Decision, decide
 
 __all__ = ["Outcome", "Run"]
-
-Offers = Mapping[str, tuple[RegionReport, list[Any]]]
-
-
-@dataclass
-class Sync:
-    """What the regions have offered in a round, and nobody has merged yet."""
-
-    plan: RoundPlan
-    offers: Offers
-    began: float
-    evaluate: bool
 
 
 class Run:
@@ -119,9 +105,8 @@ class Run:
         evaluate = final or (job.evaluation.sequences > 0 and number % job.evaluation.every == 0)
         self.sync = Sync(plan, offers, began, evaluate)
         due = bool(job.checkpoint.every) and number % job.checkpoint.every == 0
-        if job.streaming.overlap and not due and not final:
-            return True
-        if not self.land():
+        later = job.streaming.overlap and not due and not final
+        if not later and not self.land():
             return False
         if due:
             self.checkpoint()
@@ -254,11 +239,7 @@ class Run:
         while self.fleet.idle and number > (self.ledger.saved.round if self.ledger.saved else 0):
             self.ledger.store.clear(number)
             donor = self.fleet.idle[0]
-            saved = self.fleet.save(partial(_save, number, donor), number)
+            saved = self.fleet.save(number, donor)
             if donor in saved:
                 self.ledger.commit(saved, donor)
                 self.log.event("checkpoint_committed", round=number, path=self.ledger.store.folder(number))
-
-
-def _save(number: int, donor: str, region: RegionHandle) -> Future[Saved]:
-    return region.save(SaveOrder(round=number, donor=region.name == donor))

@@ -252,9 +252,14 @@ class Fleet:
         for name in self.ask(lambda region: region.restore(order(region.name)), round):
             self._members[name].round = round
 
-    def save(self, call: Callable[[RegionHandle], Future[Saved]], round: int) -> dict[str, Saved]:
-        """Like `ask`; who is late is lost, since it would write over what is committed without it."""
-        return self.ask(call, round, wait_for_late=False)
+    def save(self, round: int, donor: str) -> dict[str, Saved]:
+        """Have every idle region write its state; who is late is lost, since it would write over what is
+        committed without it."""
+        return self.ask(
+            lambda region: region.save(SaveOrder(round=round, donor=region.name == donor)),
+            round,
+            wait_for_late=False,
+        )
 
     def lose(self, name: str, round: int, reason: str) -> None:
         """Give up a region's processes; it may be restarted."""

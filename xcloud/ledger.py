@@ -15,7 +15,7 @@ from xcloud.manifest import ChunkLayout
 from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
 from xcloud.metrics import RegionRow, RoundRow, read_events
 
-__all__ = ["Ledger", "Outcome", "check_job", "find_commit", "keep_job", "mean_loss"]
+__all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "keep_job", "mean_loss"]
 
 CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
@@ -30,6 +30,20 @@ class Outcome:
     reason: str
     eval_loss_start: float | None
     eval_loss_end: float | None
+
+
+Offers = Mapping[str, tuple[RegionReport, list[Any]]]
+"""Reports of regions, and the handles of their updates."""
+
+
+@dataclass(frozen=True)
+class Sync:
+    """What the regions have offered in a round, and nobody has merged yet."""
+
+    plan: RoundPlan
+    offers: Offers
+    began: float
+    evaluate: bool
 
 
 class Ledger:
