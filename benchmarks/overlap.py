@@ -14,18 +14,15 @@ from the run's own records.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from benchmarks.harness import Options, Result
+from benchmarks.harness import BenchmarkError, Options, Result
 from benchmarks.wan import Wan, wan
-from xcloud.config import JobConfig, parse_job
-from xcloud.launch import train
-from xcloud.metrics import RoundRow, RunLog, read_events, read_rounds
-from xcloud.quiet import apply_quiet
+from xcloud.metrics import RoundRow, read_events, read_rounds
 
 __all__ = ["run"]
 
@@ -63,7 +60,6 @@ RECIPES = {
 
 def run(options: Options) -> Result:
     """Measure the inner steps, shape the links, then play each recipe."""
-    apply_quiet()
     steps, syncs = (8, 2) if options.quick else (24, 6)
     with wan(SITES) as network:
         free = play(network, options, PLAIN, rounds=3, steps=steps)
@@ -112,15 +108,19 @@ def measured(
 
 
 def play(network: Wan, options: Options, more: str, rounds: int, steps: int) -> list[RoundRow]:
-    """The rows of one run."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The rows of one run, from the command in a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         text = JOB.format(
-            seed=options.seed, rounds=rounds, steps=steps, more=more, url=f"{folder}/checkpoints"
+            seed=options.seed, rounds=rounds, steps=steps, more=more, url=folder / "checkpoints"
         )
-        job: JobConfig = parse_job(text)
-        with RunLog(Path(folder)) as log:
-            train(job, run_dir=Path(folder), log=log, address=network.address)
-        assert not ray.is_initialized(), "each run is a Ray job of its own, with fresh processes"
-        events = read_events(Path(folder))
-        assert not any(event.kind in ("round_retried", "region_failed") for event in events)
-        return read_rounds(Path(folder))
+        (folder / "job.yaml").write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "xcloud", "train", str(folder / "job.yaml"), "--json"]
+        command += ["--address", network.address, "--run-dir", str(folder / "run")]
+        done = subprocess.run(command, env=network.environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchmarkError(f"xcloud train ended with {done.returncode}: {done.stderr[-800:]}")
+        kinds = {event.kind for event in read_events(folder / "run")}
+        if kinds & {"round_retried", "region_failed"}:
+            raise BenchmarkError("a region failed, so the times of this run mean nothing")
+        return read_rounds(folder / "run")

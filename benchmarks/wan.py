@@ -9,6 +9,7 @@ no delay and no loss here.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -34,13 +35,20 @@ class Wan:
     """Its sites and their links.
 
     Attributes:
-        address: of the Ray head, for `ray.init`.
+        address: of the Ray head.
+        environment: of every process that joins; Ray reads its token when it is first imported.
     """
 
     def __init__(self, sites: Sequence[str], folder: Path) -> None:
         self.sites = {name: f"xcwan{number}" for number, name in enumerate(sites, start=2)}
         self.folder = folder
         self.address = f"{HUB}:{PORT}"
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        patient = {"RAY_object_manager_pull_timeout_ms": "600000"}  # else slow pulls are asked for again
+        self.environment = os.environ | quiet_environment() | secret | patient
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def up(self) -> None:
@@ -88,9 +96,8 @@ class Wan:
         command = [*prefix, str(ray), "start", "--block", "--num-cpus=2", f"--node-ip-address={node}"]
         command += [f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats", *arguments]
         log = self.folder / f"{node}.log"
-        environment = os.environ | quiet_environment() | {"RAY_object_manager_pull_timeout_ms": "600000"}
         with log.open("wb") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self.environment)
         self._processes.append(process)
         deadline = time.monotonic() + 120
         while b"Ray runtime started" not in log.read_bytes():
