@@ -284,7 +284,7 @@ class ClusterAggregation:
             for who in calls:
                 if who not in self.actors:
                     self.actors[who] = self._start(str(who))
-        references = [getattr(self.actors[who], method).remote(*args) for who, args in calls.items()]
+            references = [getattr(self.actors[who], method).remote(*args) for who, args in calls.items()]
         return dict(zip(calls, gather(references), strict=True))
 
     def _start(self, cloud: str | None) -> Any:
