@@ -9,6 +9,7 @@ Nothing here touches an update: it stays between the regions and the folders (`x
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -268,6 +269,7 @@ class ClusterAggregation:
         self._job, self._enforce_labels = dump_job(job), enforce_labels
         self._shares = job.aggregation_actors
         self._aggregation = Aggregation(job, self)
+        self._lock = threading.Lock()  # merges may be in flight side by side
         self.actors: dict[int | str, Any] = {}
         self.restart()
 
@@ -284,22 +286,26 @@ class ClusterAggregation:
     def restart(self) -> None:
         """Fresh actors; they hold no state worth saving. A cloud's comes when it is needed: its nodes may
         come up with its regions."""
-        for actor in self.actors.values():
-            ray.kill(actor)
-        self.actors = {share: self._start(None) for share in range(self._shares)}
+        with self._lock:
+            for actor in self.actors.values():
+                ray.kill(actor)
+            self.actors = {share: self._start(None) for share in range(self._shares)}
 
     def ask(self, method: str, calls: Mapping[Who, tuple[Any, ...]]) -> dict[Who, Any]:
         """Call a method of several actors at once; see `Crew`."""
-        for who in calls:
-            if who not in self.actors:
-                self.actors[who] = self._start(str(who))
-        references = [getattr(self.actors[who], method).remote(*args) for who, args in calls.items()]
+        with self._lock:
+            for who in calls:
+                if who not in self.actors:
+                    self.actors[who] = self._start(str(who))
+            references = [getattr(self.actors[who], method).remote(*args) for who, args in calls.items()]
         return dict(zip(calls, gather(references), strict=True))
 
     def _start(self, cloud: str | None) -> Any:
         here = ray.get_runtime_context().get_node_id()
         options: dict[str, Any] = {"num_cpus": 0}
-        if cloud is None:  # at the hub, beside the driver, as long as there is room
+        if cloud is None and self._shares > 1:
+            options["scheduling_strategy"] = "SPREAD"
+        elif cloud is None:  # at the hub, beside the driver
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=True)
         if cloud is not None and self._enforce_labels:
             if not any(node["Alive"] and node["Labels"].get("cloud") == cloud for node in ray.nodes()):
