@@ -105,6 +105,7 @@ def send(
     update: Array,
     tokens: int,
     chunks: range = range(len(LENGTHS)),
+    round: int = 1,
 ) -> tuple[RegionReport, list[Any]]:
     """What a region offers, in parts of a few chunks."""
     framing = Framing(job.name, job.seed, len(job.regions), region)
@@ -113,9 +114,10 @@ def send(
     for chunk in chunks:
         delta = writer.slot(LENGTHS[chunk])
         delta[:] = update[5000 * chunk :][: LENGTHS[chunk]]
-        writer.add(chunk, path.encode(1, chunk, delta, 1.0))
+        writer.add(chunk, path.encode(round, chunk, delta, 1.0))
     bundle = writer.finish()
-    header = report(region, tokens, chunk_bytes=bundle.sizes).model_copy(update={"parts": bundle.parts})
+    header = report(region, tokens, chunk_bytes=bundle.sizes)
+    header = header.model_copy(update={"parts": bundle.parts, "round": round})
     return header, list(bundle.handles)
 
 

@@ -363,3 +363,37 @@ def test_a_fragment_by_cloud_with_several_aggregators() -> None:
 def test_what_cannot_be_merged_so_is_refused_when_the_job_is_read(changes: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         job_of(**changes)
+
+
+# -- early parts, and updates of different rounds -----------------------------------------
+
+
+def test_parts_that_are_stored_early_are_sent_for_and_no_more_than_a_few() -> None:
+    job, store = job_of(), Store()
+    folder = LocalCrew(job, store).folder(0)
+    for handle in range(folding.AHEAD + 3):
+        folder.arriving([handle])
+    assert store.log == [("prefetch", handle) for handle in range(folding.AHEAD)]
+
+
+@pytest.mark.parametrize("codec", ["identity", {"type": "block", "bits": 8}])
+def test_buffered_updates_are_opened_in_their_own_round_and_weigh_less(codec: Any) -> None:
+    """`block` rotates with a seed of the round: opened in another one, an update would be noise."""
+    job = job_of(codec=codec, buffer={"goal": 2, "power": 1.0})
+    store, updates = Store(), noise(2)
+    fresh = send(job, store, "r0", updates[0], 10, round=5)
+    stale = send(job, store, "r1", updates[1], 10, round=2)
+    stale = stale[0].model_copy(update={"staleness": 3}), stale[1]
+    reports, handles = zip(fresh, stale, strict=True)
+    plan = plan_of().model_copy(update={"round": 5})
+    total, merged = Aggregation(job, LocalCrew(job, store)).merge(plan, LAYOUT, reports, handles)
+    assert total.weights == pytest.approx((0.5, 0.5 / 4))
+    expected = 0.5 * updates[0] + 0.125 * updates[1]
+    np.testing.assert_allclose(open_sum(job, store, total, merged), expected, atol=4e-5)
+
+
+def test_updates_of_later_rounds_are_refused_even_then() -> None:
+    job, store = job_of(buffer={"goal": 2}), Store()
+    report, handles = send(job, store, "r0", noise(1)[0], 10, round=3)
+    with pytest.raises(AggregationError, match="reports round 3, expected 1"):
+        Aggregation(job, LocalCrew(job, store)).merge(plan_of(), LAYOUT, [report], [handles])

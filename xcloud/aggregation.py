@@ -273,6 +273,15 @@ class ClusterAggregation:
         self.actors: dict[int | str, Any] = {}
         self.restart()
 
+    @property
+    def reader(self) -> Any:
+        """The actor that will fold all of every region's update, if there is one such."""
+        return (
+            self.actors[0]
+            if len(self.actors) == 1 and self._aggregation.job.hierarchy.type == "flat"
+            else None
+        )
+
     def merge(
         self,
         plan: RoundPlan,

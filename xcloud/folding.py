@@ -78,6 +78,7 @@ class Folder:
         who = "aggregator" if cloud is None else f"aggregator of {cloud}"
         self.framing = Framing(parsed.name, parsed.seed, len(parsed.regions), who)
         self.blobs = blobs
+        self._ahead = 0
         self._pool = ThreadPoolExecutor(THREADS)
         self._own = (
             threading.local()
@@ -86,6 +87,13 @@ class Folder:
     def pid(self) -> int:
         """Process id, for fault tests and memory measurements."""
         return os.getpid()
+
+    def arriving(self, handles: Sequence[Handle]) -> None:
+        """Parts of updates that regions are still encoding, or that wait for slower regions: have them brought here,
+        as many as are sent for ahead of a span."""
+        self._ahead += len(handles)
+        if self._ahead <= AHEAD:
+            self.blobs.prefetch(handles)
 
     def copy(self, handles: Sequence[Handle]) -> list[Handle]:
         """Buffers of our own with the same contents, for readers nearby."""
@@ -133,6 +141,7 @@ class Folder:
             RegionError: a region's chunk has the wrong size, cannot be fetched or is not finite.
             AggregationError: the sum is not finite.
         """
+        self._ahead = 0
         ordered, shapes, sent = self._open(order, layout, updates)
         additive = self.summed or self.aggregator.additive
         if additive and not self.summed:

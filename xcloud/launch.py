@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from functools import partial
 from pathlib import Path
 
 from xcloud.aggregation import ClusterAggregation
@@ -53,10 +52,19 @@ def train(
             simulation=True,  # regions that share a Ray cluster are not isolated from one another
             resumed_round=record.round if record else None,
         )
-        build = partial(ClusterRegion, job, enforce_labels=not session.local, checkpoint_url=store.url)
+        aggregator = ClusterAggregation(job, enforce_labels=not session.local)
+
+        def build(name: str) -> ClusterRegion:
+            return ClusterRegion(
+                job,
+                name,
+                enforce_labels=not session.local,
+                checkpoint_url=store.url,
+                reader=aggregator.reader,
+            )
+
         fleet = Fleet(names, build, job.failure, log)
         try:
-            aggregator = ClusterAggregation(job, enforce_labels=not session.local)
             return Run(job, fleet, aggregator, store, log, stop or threading.Event()).play(record, stop_after)
         except KeyboardInterrupt:
             log.event("run_stopped", round=max(store.rounds(), default=0), reason="interrupted at once")

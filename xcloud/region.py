@@ -171,10 +171,17 @@ class Region:
         tag: unique in the cluster; begins the names of the placement groups.
         enforce_labels: place pools by their node labels.
         progress: picklable callable for the ranks' progress, or None.
+        reader: see `RayBlobs`; the aggregation actor that reads this region's update, or None.
     """
 
     def __init__(
-        self, job: JobConfig, name: str, tag: str, enforce_labels: bool, progress: Any = None
+        self,
+        job: JobConfig,
+        name: str,
+        tag: str,
+        enforce_labels: bool,
+        progress: Any = None,
+        reader: Any = None,
     ) -> None:
         self.job = job
         self.tag = tag
@@ -182,6 +189,8 @@ class Region:
         self.settings = job.region(name)
         self.enforce_labels = enforce_labels
         self.blobs = RayBlobs(self.settings.cloud)
+        # What several pools store first is merged inside the region, and is no business of the aggregator's.
+        self.upload = RayBlobs(self.settings.cloud, reader if len(self.settings.pools) == 1 else None)
         self.pools: list[Pool] = []
         self.cursor = 0
         self.model_digest = ""
@@ -224,7 +233,7 @@ class Region:
         }
         groups = {BESIDE: 1} if self.job.streaming.overlap else None
         actor = ray.remote(concurrency_groups=groups)(RankActor) if groups else ray.remote(RankActor)
-        return actor.options(**options).remote(spec, self.blobs, self._progress_sink)
+        return actor.options(**options).remote(spec, self.upload, self._progress_sink)
 
     # -- one round ------------------------------------------------------------------------
 
@@ -482,9 +491,11 @@ class _ProgressSink:
 class RegionActor:
     """`Region` inside an actor: headers as JSON bytes, buffers as handles."""
 
-    def __init__(self, job: str, name: str, tag: str, enforce_labels: bool, checkpoint_url: str) -> None:
+    def __init__(
+        self, job: str, name: str, tag: str, enforce_labels: bool, checkpoint_url: str, reader: Any
+    ) -> None:
         sink = _ProgressSink(ray.get_runtime_context().current_actor)
-        self.region = Region(parse_job(job), name, tag, enforce_labels, sink)
+        self.region = Region(parse_job(job), name, tag, enforce_labels, sink, reader)
         self.url = checkpoint_url
 
     def start(self, evaluate: bool) -> bytes:
@@ -525,7 +536,9 @@ class RegionActor:
 class ClusterRegion:
     """The driver's side of a region in its own Ray cluster."""
 
-    def __init__(self, job: JobConfig, name: str, enforce_labels: bool, checkpoint_url: str) -> None:
+    def __init__(
+        self, job: JobConfig, name: str, enforce_labels: bool, checkpoint_url: str, reader: Any = None
+    ) -> None:
         self.name = name
         tag = f"{job.name}/{name}/{uuid.uuid4().hex[:8]}"
         self._groups = [group_name(tag, pool) for pool in range(len(job.region(name).pools))]
@@ -536,7 +549,7 @@ class ClusterRegion:
                 labels
             )  # its pools meet in this process, so it belongs beside them
         actor = ray.remote(RegionActor).options(**options)
-        self.actor = actor.remote(dump_job(job), name, tag, enforce_labels, checkpoint_url)
+        self.actor = actor.remote(dump_job(job), name, tag, enforce_labels, checkpoint_url, reader)
 
     def start(self, evaluate: bool) -> Future[RegionReady]:
         return call(

@@ -39,14 +39,19 @@ class RayBlobs:
 
     Args:
         cloud: where its user runs; None: nowhere that has copies of its own.
+        reader: actor whose `arriving` is told of every buffer as soon as it is stored, so that it travels while
+            the next one is made; None: nobody.
     """
 
-    def __init__(self, cloud: str | None = None) -> None:
-        self.cloud = cloud
+    def __init__(self, cloud: str | None = None, reader: Any = None) -> None:
+        self.cloud, self.reader = cloud, reader
 
     def put(self, buffer: Buffer) -> Handle:
         """Store a copy of `buffer` (uint8, shape (n,)); it lives as long as its handles and this process."""
-        return ray.put(buffer)
+        handle = ray.put(buffer)
+        if self.reader is not None:
+            self.reader.arriving.remote([handle])
+        return handle
 
     def get(self, handles: Sequence[Handle]) -> list[Buffer]:
         """The buffers of `handles`, read-only, in order.
