@@ -312,7 +312,7 @@ class FakeRegion:
 
     def _apply(self, total: RoundSum, handles: Sequence[int], evaluate: bool) -> Applied:
         merged = np.concatenate([self.world.blobs[handle] for handle in handles])
-        self.outer.step(self.anchor, merged, self.state)
+        self.outer.step(self.anchor, merged, self.state, total.round)
         if self.pending is not None and self.name in total.regions:
             self.cursor = self.pending[0].cursor
         self.pending = None

@@ -23,8 +23,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"type": "nesterov", "lr": 1.0, "momentum": 0.0},
     {"type": "adam"},
     {"type": "yogi", "lr": 0.1, "betas": [0.8, 0.9], "tau": 0.01},
+    {"type": "delayed_nesterov", "delay": 1},
+    {"type": "delayed_nesterov", "delay": 2, "momentum": 0.6, "c": 0.5},
+    {"type": "delayed_nesterov", "lr": 0.3, "delay": 3, "c": 0.1},
 ]
-TORCH = [s for s in SETTINGS if s["type"] in ("sgd", "nesterov")]
+TORCH = [s for s in SETTINGS if s["type"] in ("sgd", "nesterov") or s.get("delay") == 1]
 every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 
@@ -51,8 +54,10 @@ def test_steps_as_torch_does(settings: dict[str, Any]) -> None:
     parameter = torch.nn.Parameter(torch.from_numpy(anchor.copy()))
     momentum = getattr(config, "momentum", 0.0)
     reference = torch.optim.SGD([parameter], lr=config.lr, momentum=momentum, nesterov=momentum > 0)
-    for gradient in gradients(anchor.size):
-        config.build().step(theta, gradient, state)  # a fresh optimizer each time: all state is in `state`
+    for sync, gradient in enumerate(gradients(anchor.size), 1):
+        config.build().step(
+            theta, gradient, state, sync
+        )  # a fresh optimizer each time: all state is in `state`
         parameter.grad = torch.from_numpy(gradient.copy())
         reference.step()
         np.testing.assert_allclose(theta, parameter.detach().numpy(), rtol=1e-6, atol=1e-6)
@@ -66,11 +71,11 @@ def test_chunks_do_not_change_a_bit(settings: dict[str, Any], data: st.DataObjec
     config = OUTER_OPTIMIZERS.parse(settings)
     whole, whole_state = start(config, anchor)
     parts, parts_state = start(config, anchor)
-    for gradient in gradients(anchor.size):
-        config.build().step(whole, gradient, whole_state)
+    for sync, gradient in enumerate(gradients(anchor.size), 1):
+        config.build().step(whole, gradient, whole_state, sync)
         for piece in data.draw(pieces(anchor.size)):
             views = {slot: values[piece] for slot, values in parts_state.items()}
-            config.build().step(parts[piece], gradient[piece], views)
+            config.build().step(parts[piece], gradient[piece], views, sync)
     assert parts.tobytes() == whole.tobytes()
     assert {k: v.tobytes() for k, v in parts_state.items()} == {
         k: v.tobytes() for k, v in whole_state.items()
@@ -84,12 +89,12 @@ def test_blocks_do_not_change_a_bit(
 ) -> None:
     config, anchor = OUTER_OPTIMIZERS.parse(settings), gradients(1000)[0]
     expected, expected_state = start(config, anchor)
-    for gradient in gradients(anchor.size):
-        config.build().step(expected, gradient, expected_state)
+    for sync, gradient in enumerate(gradients(anchor.size), 1):
+        config.build().step(expected, gradient, expected_state, sync)
     monkeypatch.setattr(xcloud.outer, "BLOCK", block)
     found, state = start(config, anchor)
-    for gradient in gradients(anchor.size):
-        config.build().step(found, gradient, state)
+    for sync, gradient in enumerate(gradients(anchor.size), 1):
+        config.build().step(found, gradient, state, sync)
     assert found.tobytes() == expected.tobytes()
 
 
@@ -100,7 +105,8 @@ def test_the_gradient_is_only_read(settings: dict[str, Any]) -> None:
     before = gradient.tobytes()
     gradient.flags.writeable = False
     theta, state = start(config, np.ones(100, np.float32))
-    config.build().step(theta, gradient, state)
+    for sync in range(1, 4):
+        config.build().step(theta, gradient, state, sync)
     assert gradient.tobytes() == before
 
 
@@ -108,7 +114,7 @@ def test_sgd_at_learning_rate_one_over_averaged_updates_is_federated_averaging()
     anchor, first, second = np.float32(5), np.float32(3), np.float32(4)
     theta = np.array([anchor])
     mean = np.array([((anchor - first) + (anchor - second)) / 2], np.float32)
-    OUTER_OPTIMIZERS.parse("sgd").build().step(theta, mean, {})
+    OUTER_OPTIMIZERS.parse("sgd").build().step(theta, mean, {}, 1)
     assert theta[0] == (first + second) / 2
 
 
@@ -117,7 +123,7 @@ def test_a_step_on_nothing() -> None:
     for settings in SETTINGS:
         config = OUTER_OPTIMIZERS.parse(settings)
         theta, state = start(config, np.empty(0, np.float32))
-        config.build().step(theta, theta.copy(), state)
+        config.build().step(theta, theta.copy(), state, 1)
 
 
 @pytest.mark.parametrize("settings", [s for s in SETTINGS if s["type"] in ("adam", "yogi")], ids=str)
@@ -128,8 +134,8 @@ def test_adaptive_steps_as_the_paper_says(settings: dict[str, Any]) -> None:
     theta, state = start(config, anchor)
     x, m, v = anchor.astype(np.float64), np.zeros(1001), np.zeros(1001)
     beta1, beta2 = config.betas
-    for gradient in gradients(anchor.size):
-        config.build().step(theta, gradient, state)
+    for sync, gradient in enumerate(gradients(anchor.size), 1):
+        config.build().step(theta, gradient, state, sync)
         delta = -gradient.astype(np.float64)
         m = beta1 * m + (1 - beta1) * delta
         square = delta**2
@@ -139,3 +145,29 @@ def test_adaptive_steps_as_the_paper_says(settings: dict[str, Any]) -> None:
             v = v - (1 - beta2) * square * np.sign(v - square)
         x = x + config.lr * m / (np.sqrt(v) + config.tau)
         np.testing.assert_allclose(theta, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [s for s in SETTINGS if s["type"] == "delayed_nesterov"], ids=str)
+def test_delayed_nesterov_steps_as_the_paper_says(settings: dict[str, Any]) -> None:
+    """The delayed Nesterov update of arXiv 2401.09135 in float64, its steps counted from 0."""
+    config = OUTER_OPTIMIZERS.parse(settings)
+    anchor = np.random.default_rng(0).standard_normal(1001).astype(np.float32)
+    theta, state = start(config, anchor)
+    x, m, total = anchor.astype(np.float64), np.zeros(1001), np.zeros(1001)
+    lr, beta, n, c = config.lr, config.momentum, config.delay, config.c
+    for t, gradient in enumerate(gradients(anchor.size)):
+        config.build().step(theta, gradient, state, t + 1)
+        g = gradient.astype(np.float64)
+        total = total + g
+        if (t + 1) % n == 0:
+            m = beta * m + total / n
+            x = x - lr * ((1 - c * n + c) * beta * m + g / n)
+            total = np.zeros(1001)
+        else:
+            x = x - lr * (c * beta * m + g / n)
+        np.testing.assert_allclose(theta, x, rtol=1e-5, atol=1e-5)
+
+
+def test_the_share_of_a_delayed_momentum_has_a_bound() -> None:
+    with pytest.raises(ValueError, match=r"c is 0\.6 and delay 2; expected c <= 1 / delay = 0\.5"):
+        OUTER_OPTIMIZERS.parse({"type": "delayed_nesterov", "delay": 2, "c": 0.6})

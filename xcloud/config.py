@@ -32,7 +32,15 @@ from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
 from xcloud.policies import FailureConfig
 from xcloud.registry import PartConfig, Registry, nearest
-from xcloud.training.settings import INNER_OPTIMIZERS, SCHEDULES, EngineConfig, InnerConfig, ModelConfig
+from xcloud.training.settings import (
+    CORRECTIONS,
+    INNER_OPTIMIZERS,
+    SCHEDULES,
+    EngineConfig,
+    InnerConfig,
+    ModelConfig,
+    ScaffoldConfig,
+)
 from xcloud.update import adds_up
 
 __all__ = [
@@ -55,6 +63,7 @@ FAMILIES: tuple[Registry[Any], ...] = (
     TOKENIZERS,
     INNER_OPTIMIZERS,
     SCHEDULES,
+    CORRECTIONS,
 )
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
@@ -195,6 +204,11 @@ class JobConfig(_Section):
             raise ValueError(
                 f"downlink {self.downlink.type!r} takes its scale from what came before, which the aggregator "
                 "does not keep; expected identity, bf16, block, e3m0 or sparse"
+            )
+        if isinstance(self.inner.correction, ScaffoldConfig) and not isinstance(self.aggregator, MeanConfig):
+            raise ValueError(
+                "inner.correction scaffold takes the merged update for the mean gradient of the regions; "
+                f"aggregator is {self.aggregator.type!r}, expected mean"
             )
         for r, region in enumerate(self.regions):
             for p, pool in enumerate(region.pools):

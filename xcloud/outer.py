@@ -7,7 +7,8 @@ result does not depend on how chunks are shared among ranks.
 
 `sgd` with learning rate 1 over averaged updates is FedAvg (arXiv 1602.05629);
 `nesterov` is DiLoCo (arXiv 2311.08105), in torch's formulation of SGD with Nesterov momentum:
-`v = momentum * v + g; theta = theta - lr * (g + momentum * v)`.
+`v = momentum * v + g; theta = theta - lr * (g + momentum * v)`; `delayed_nesterov` (arXiv
+2401.09135) takes its momentum from the mean of several merges.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from xcloud.registry import PartConfig, Registry
 
@@ -35,8 +36,12 @@ class OuterOptimizer(Protocol):
     slots: tuple[str, ...]
     """Names of the per-element fp32 states, all starting at zero."""
 
-    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array]) -> None:
-        """One step on one chunk: fp32, shape (n,); `anchor` and `state` change in place."""
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array], sync: int) -> None:
+        """One step on one chunk: fp32, shape (n,); `anchor` and `state` change in place.
+
+        Args:
+            sync: number of this merge among all that the chunk has seen, from 1.
+        """
         ...
 
 
@@ -61,8 +66,8 @@ class SGD:
         self.lr = np.float32(lr)
         self._work = np.empty(BLOCK, np.float32)
 
-    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array]) -> None:
-        del state
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array], sync: int) -> None:
+        del state, sync
         for start in range(0, anchor.size, BLOCK):
             theta = anchor[start : start + BLOCK]
             if self.lr == 1:
@@ -83,7 +88,8 @@ class Nesterov:
         self.momentum = np.float32(momentum)
         self._work = np.empty(BLOCK, np.float32)
 
-    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array]) -> None:
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array], sync: int) -> None:
+        del sync
         for start in range(0, anchor.size, BLOCK):
             block = slice(start, start + BLOCK)
             theta, g, v = anchor[block], gradient[block], state["momentum"][block]
@@ -119,6 +125,66 @@ class NesterovConfig(OuterConfig):
         return Nesterov(self.lr, self.momentum)
 
 
+class DelayedNesterov:
+    """Nesterov momentum that moves only every `delay` merges, by their mean (arXiv 2401.09135).
+
+    Between, a merge counts by itself, as `g / delay`, with the share `c` of the momentum's step.
+    """
+
+    slots: tuple[str, ...] = ("momentum", "buffer")
+
+    def __init__(self, lr: float, momentum: float, delay: int, c: float) -> None:
+        self.lr, self.momentum, self.delay = np.float32(lr), np.float32(momentum), delay
+        self.between = np.float32(c) * self.momentum
+        self.at_delay = np.float32(1 - c * delay + c) * self.momentum
+        self._work, self._more = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array], sync: int) -> None:
+        moves, count = sync % self.delay == 0, np.float32(self.delay)
+        for start in range(0, anchor.size, BLOCK):
+            block = slice(start, start + BLOCK)
+            theta, g, m, total = (
+                anchor[block],
+                gradient[block],
+                state["momentum"][block],
+                state["buffer"][block],
+            )
+            work, more = self._work[: theta.size], self._more[: theta.size]
+            np.add(total, g, out=total)
+            if moves:
+                np.multiply(m, self.momentum, out=m)
+                np.divide(total, count, out=work)
+                np.add(m, work, out=m)
+                total.fill(0)
+            np.multiply(m, self.at_delay if moves else self.between, out=work)
+            np.divide(g, count, out=more)
+            np.add(work, more, out=work)
+            np.multiply(work, self.lr, out=work)
+            np.subtract(theta, work, out=theta)
+
+
+@OUTER_OPTIMIZERS.register
+class DelayedNesterovConfig(OuterConfig):
+    """`delayed_nesterov`: for merges that come often and hold few or stale updates."""
+
+    type: Literal["delayed_nesterov"] = "delayed_nesterov"
+    lr: Annotated[float, Field(gt=0)] = 0.7
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    delay: Annotated[int, Field(ge=1)] = 4
+    c: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _share(self) -> DelayedNesterovConfig:
+        if self.c * self.delay > 1:
+            raise ValueError(
+                f"c is {self.c} and delay {self.delay}; expected c <= 1 / delay = {1 / self.delay:.4g}"
+            )
+        return self
+
+    def build(self) -> OuterOptimizer:
+        return DelayedNesterov(self.lr, self.momentum, self.delay, self.c)
+
+
 class Adaptive:
     """Adam and Yogi on the server (FedOpt, arXiv 2003.00295, algorithm 2): no bias correction, `tau` below the root."""
 
@@ -130,7 +196,8 @@ class Adaptive:
         self.yogi = yogi
         self._work, self._more = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
 
-    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array]) -> None:
+    def step(self, anchor: Array, gradient: Array, state: Mapping[str, Array], sync: int) -> None:
+        del sync
         one = np.float32(1.0)
         for start in range(0, anchor.size, BLOCK):
             block = slice(start, start + BLOCK)

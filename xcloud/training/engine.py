@@ -78,7 +78,7 @@ def build_engine(model: torch.nn.Module, engine: EngineConfig, inner: InnerConfi
         built, _, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=parameters,
-            optimizer=inner.optimizer.build(parameters),
+            optimizer=inner.optimizer.build(parameters, model),
             config=settings,
         )
     return built

@@ -10,14 +10,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from xcloud.registry import PartConfig, Registry
 
 __all__ = [
+    "CORRECTIONS",
     "INNER_OPTIMIZERS",
     "SCHEDULES",
     "AdamWConfig",
+    "CorrectionConfig",
     "EngineConfig",
     "InnerConfig",
     "InnerOptimizerConfig",
     "ModelConfig",
+    "MuonConfig",
     "SGDConfig",
+    "ScaffoldConfig",
     "ScheduleConfig",
 ]
 
@@ -74,8 +78,8 @@ class InnerOptimizerConfig(PartConfig):
     type: str
     lr: Annotated[float, Field(gt=0)]
 
-    def build(self, parameters: Any) -> Any:
-        """A torch optimizer over `parameters` (an iterable of torch.nn.Parameter)."""
+    def build(self, parameters: Any, model: Any) -> Any:
+        """A torch optimizer over `parameters` (an iterable of torch.nn.Parameter), all that `model` trains."""
         raise NotImplementedError  # every registered subclass builds its optimizer
 
 
@@ -92,18 +96,58 @@ class AdamWConfig(InnerOptimizerConfig):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
 
-    def build(self, parameters: Any) -> Any:
+    def build(self, parameters: Any, model: Any) -> Any:
         import torch  # noqa: PLC0415 - here, so that reading a job file does not wait for torch
 
-        parameters = list(parameters)
-        matrices = [p for p in parameters if _dimensions(p) >= 2]
-        vectors = [p for p in parameters if _dimensions(p) < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps
+        del model
+        groups = _decayed(parameters, self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+
+
+@INNER_OPTIMIZERS.register
+class MuonConfig(InnerOptimizerConfig):
+    """`muon`: orthogonalized momentum (arXiv 2502.16982) for hidden matrices, AdamW for all else.
+
+    Attributes:
+        adjust_lr: `match_rms_adamw` gives steps of AdamW's length, so that one `lr` serves both;
+            `original` is Keller Jordan's, and needs `adamw_lr`.
+        adamw_lr: of embeddings, output head, norms and vectors; null: `lr`.
+    """
+
+    type: Literal["muon"] = "muon"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    adamw_lr: Annotated[float, Field(gt=0)] | None = None
+    adamw_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    adamw_eps: Annotated[float, Field(gt=0)] = 1e-8
+
+    @model_validator(mode="after")
+    def _units(self) -> MuonConfig:
+        if self.adjust_lr == "original" and self.adamw_lr is None:
+            raise ValueError(
+                "adjust_lr original measures 'lr' in other units than AdamW's; set 'adamw_lr' too"
+            )
+        return self
+
+    def build(self, parameters: Any, model: Any) -> Any:
+        from xcloud.training.muon import Muon, hidden_matrices  # noqa: PLC0415 - it imports torch
+
+        matrices = hidden_matrices(model)
+        hidden = {id(p) for p in matrices.values()}
+        return Muon(
+            matrices,
+            _decayed((p for p in parameters if id(p) not in hidden), self.weight_decay),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            ns_steps=self.ns_steps,
+            adjust_lr=self.adjust_lr,
+            adamw={"lr": self.adamw_lr or self.lr, "betas": self.adamw_betas, "eps": self.adamw_eps},
         )
 
 
@@ -115,15 +159,59 @@ class SGDConfig(InnerOptimizerConfig):
     lr: Annotated[float, Field(gt=0)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
-    def build(self, parameters: Any) -> Any:
+    def build(self, parameters: Any, model: Any) -> Any:
         import torch  # noqa: PLC0415 - here, so that reading a job file does not wait for torch
 
+        del model
         return torch.optim.SGD(list(parameters), lr=self.lr, momentum=self.momentum)
 
 
-def _dimensions(parameter: Any) -> int:
-    """Dimensions of a parameter, also of one that ZeRO-3 has already partitioned."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def _decayed(parameters: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay on matrices only."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class CorrectionConfig(PartConfig):
+    """Base config of the corrections of the drift between regions."""
+
+    type: str
+
+    def build(self, parameters: Any) -> Any:
+        """A `xcloud.training.correction.Correction` over an engine's parameters."""
+        raise NotImplementedError  # every registered subclass builds its correction
+
+
+CORRECTIONS: Registry[CorrectionConfig] = Registry("correction", CorrectionConfig)
+
+
+@CORRECTIONS.register
+class FedProxConfig(CorrectionConfig):
+    """`fedprox`: a pull towards the round's anchor (arXiv 1812.06127)."""
+
+    type: Literal["fedprox"] = "fedprox"
+    mu: Annotated[float, Field(gt=0)] = 0.01
+
+    def build(self, parameters: Any) -> Any:
+        from xcloud.training.correction import FedProx  # noqa: PLC0415 - it imports torch
+
+        return FedProx(parameters, self.mu)
+
+
+@CORRECTIONS.register
+class ScaffoldConfig(CorrectionConfig):
+    """`scaffold`: control variates (arXiv 1910.06378, option II)."""
+
+    type: Literal["scaffold"] = "scaffold"
+
+    def build(self, parameters: Any) -> Any:
+        from xcloud.training.correction import Scaffold  # noqa: PLC0415 - it imports torch
+
+        return Scaffold(parameters)
 
 
 class ScheduleConfig(PartConfig):
@@ -176,6 +264,7 @@ class InnerConfig(BaseModel):
         steps: optimizer steps in one round (H).
         schedule: over the steps of the whole job; it never restarts.
         clip_norm: global gradient norm above which gradients are scaled down; null does not clip.
+        correction: of the drift between regions; null: none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -186,3 +275,22 @@ class InnerConfig(BaseModel):
     steps: Annotated[int, Field(ge=0)] = 30
     schedule: Annotated[SerializeAsAny[ScheduleConfig], BeforeValidator(SCHEDULES.parse)] = CosineConfig()
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    correction: Annotated[
+        SerializeAsAny[CorrectionConfig] | None,
+        BeforeValidator(lambda v: v if v is None else CORRECTIONS.parse(v)),
+    ] = None
+
+    @model_validator(mode="after")
+    def _plain_steps(self) -> InnerConfig:
+        if not isinstance(self.correction, ScaffoldConfig):
+            return self
+        plain = isinstance(self.optimizer, SGDConfig) and self.optimizer.momentum == 0
+        if not plain:
+            raise ValueError(
+                "correction scaffold takes the way that a region went for the sum of its gradients, which "
+                f"holds for optimizer sgd with momentum 0 only; optimizer is {self.optimizer.type!r}, "
+                "expected sgd without momentum, or correction fedprox"
+            )
+        if self.steps == 0:
+            raise ValueError("correction scaffold needs inner steps; steps is 0, expected at least 1")
+        return self

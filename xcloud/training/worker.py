@@ -35,8 +35,10 @@ from xcloud.errors import CheckpointError, NonFiniteUpdateError
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
+from xcloud.training.correction import COMMON, OWN, Correction
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
 from xcloud.training.models import build_model, trainable
+from xcloud.training.muon import Muon
 from xcloud.training.parameters import open_parameters
 from xcloud.training.spec import Offer, Trained, WorkerSpec
 from xcloud.update import Framing, UpdatePath
@@ -88,6 +90,11 @@ class RankWorker:
         self.outer_state = {slot: np.zeros_like(self.anchor) for slot in self.outer.slots}
         self.engine = build_engine(model, spec.engine, spec.inner, spec.world)
         self.parameters = open_parameters(self.engine, spec.engine.zero_stage)
+        if isinstance(self.engine.basic_optimizer, Muon):
+            self.engine.basic_optimizer.bind(self.parameters)
+        self.correction: Correction | None = None
+        if spec.inner.correction is not None:
+            self.correction = spec.inner.correction.build(self.parameters)
         self._spread(self.anchor, self.parameters.write)
         return self.info()
 
@@ -124,6 +131,8 @@ class RankWorker:
         losses = torch.zeros((), dtype=torch.float32, device=self.device)
         began = told = time.perf_counter()
         engine.train()
+        if self.correction is not None:
+            self.correction.begin()
         generator = torch.cuda.default_generators[0] if spec.on_gpu else torch.default_generator
         for step in range(plan.inner_steps):
             overall = (plan.round - 1) * spec.inner.steps + step
@@ -214,6 +223,9 @@ class RankWorker:
         digests: dict[int, str] = {}
         alone, hasher = self.spec.world == 1, xxhash.xxh3_128()
         gradient = self.anchor[:0]
+        total_lr, control = self._total_lr(total.round), self._new_control()
+        if self.correction is not None and self.spec.region in total.regions:
+            self.correction.settle(total_lr)
         for index, spec in enumerate(self.manifest.parameters):  # elementwise, so any cut gives the same bits
             for seg in self.manifest.segments[index]:
                 if seg.chunk not in self.owned:
@@ -221,11 +233,16 @@ class RankWorker:
                 anchor = self._chunk(self.anchor, seg.chunk)
                 if seg.chunk_start == 0:
                     gradient = self.path.decode(seg.chunk, reader.read(seg.chunk), total)
+                    if control is not None:
+                        np.divide(gradient, np.float32(total_lr), out=self._chunk(control, seg.chunk))
                 slots = {slot: self._chunk(values, seg.chunk) for slot, values in self.outer_state.items()}
                 for start, stop in _blocks(seg.length):
                     at = slice(seg.chunk_start + start, seg.chunk_start + stop)
                     self.outer.step(
-                        anchor[at], gradient[at], {slot: values[at] for slot, values in slots.items()}
+                        anchor[at],
+                        gradient[at],
+                        {slot: values[at] for slot, values in slots.items()},
+                        total.round,
                     )
                     hasher.update(anchor[at])
                 if seg.chunk_start + seg.length == anchor.size:
@@ -236,6 +253,8 @@ class RankWorker:
                 self.parameters.write(spec.name, torch.from_numpy(own))
         if not alone:
             self._spread(self.anchor, self.parameters.write)
+        if control is not None:
+            self._spread(control, partial(self.parameters.write, key=COMMON))
         self.path.settle(self.spec.region in total.regions)
         return digests
 
@@ -273,18 +292,17 @@ class RankWorker:
         """Write this rank's chunks: inner optimizer state, and the model too if `donor`."""
         store = CheckpointStore(url)
         written: list[CheckpointFile] = []
+        controls = self.correction is not None and self.correction.controls
         if donor:
             model = self._by_chunk({"anchor": self.anchor, **self.outer_state})
+            if controls:
+                model |= self._by_chunk({COMMON: self._kept(COMMON)})
             if self.path.scales:
                 model["scale"] = self.path.scales
             written += store.write_tensors(round, "model/", self.owned, model, {})
         keys, scalars = self._inner_layout()
-        inner = {}
-        for key in keys:
-            inner[key] = self._empty_owned()
-            self._gather(partial(self.parameters.read, key=key), inner[key])
         scalars["loss_scale"] = self._loss_scale()
-        tensors = self._by_chunk(inner)
+        tensors = self._by_chunk({key: self._kept(key) for key in ([*keys, OWN] if controls else keys)})
         if self.path.residual:
             tensors["residual"] = self.path.residual
         if tensors or scalars["loss_scale"]:
@@ -299,7 +317,7 @@ class RankWorker:
         """
         store = CheckpointStore(url)
         model, _ = store.read_tensors(order.round, chunk_files(order.files, "model/"), self.owned)
-        self.path.scales = model.pop("scale", {})
+        self.path.scales, common = model.pop("scale", {}), model.pop(COMMON, {})
         if self.owned and set(model) != {"anchor", *self.outer_state}:
             raise CheckpointError(
                 f"{store.folder(order.round)}: holds outer state {sorted(set(model) - {'anchor'})}, "
@@ -311,6 +329,10 @@ class RankWorker:
         files = chunk_files(order.files, self._inner_prefix())
         inner, scalars = store.read_tensors(order.round, files, self.owned)
         self.path.restore(inner.pop("residual", {}))
+        own = inner.pop(OWN, {})
+        if self.correction is not None and self.correction.controls:
+            self._keep(COMMON, common)
+            self._keep(OWN, own)
         names = sorted(inner)
         if self.spec.world > 1:  # a rank that owns no chunk learns the layout from the others
             layouts: list[Any] = [None] * self.spec.world
@@ -318,9 +340,7 @@ class RankWorker:
             names, scalars = max(layouts, key=lambda layout: (len(layout[0]), len(layout[1])))
         self._reset_inner(names, scalars)
         for name in names:
-            values = self._empty_owned()
-            self._fill(values, inner.get(name, {}))
-            self._spread(values, partial(self.parameters.write, key=name))
+            self._keep(name, inner.get(name, {}))
 
     # -- chunks and parameters ------------------------------------------------------------
 
@@ -338,6 +358,22 @@ class RankWorker:
     def _fill(self, owned: Array, parts: dict[int, Array]) -> None:
         for chunk, values in parts.items():
             self._chunk(owned, chunk)[:] = values
+
+    def _kept(self, key: str) -> Array:
+        """The owned chunks of values kept beside the masters; collective."""
+        owned = self._empty_owned()
+        self._gather(partial(self.parameters.read, key=key), owned)
+        return owned
+
+    def _keep(self, key: str, parts: dict[int, Array]) -> None:
+        """Set values kept beside the masters; a chunk that is not there is zero; collective."""
+        owned = self._empty_owned()
+        self._fill(owned, parts)
+        self._spread(owned, partial(self.parameters.write, key=key))
+
+    def _new_control(self) -> Array | None:
+        """Room for the round's common control variate, where there is one."""
+        return self._empty_owned() if self.correction is not None and self.correction.controls else None
 
     def _gather(self, read: Callable[[str], torch.Tensor], owned: Array) -> None:
         """Copy the owned chunks out of full parameters, one parameter at a time."""
@@ -387,25 +423,33 @@ class RankWorker:
 
     # -- inner optimizer ------------------------------------------------------------------
 
-    def _set_learning_rate(self, step: int) -> None:
+    def _factor(self, step: int) -> float:
         inner = self.spec.inner
-        factor = inner.schedule.factor(step, self.spec.rounds * inner.steps)
+        return inner.schedule.factor(step, self.spec.rounds * inner.steps)
+
+    def _set_learning_rate(self, step: int) -> None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = inner.optimizer.lr * factor
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self._factor(step)
+
+    def _total_lr(self, round: int) -> float:
+        """The sum of the learning rates of a round's steps."""
+        inner = self.spec.inner
+        steps = range((round - 1) * inner.steps, round * inner.steps)
+        return inner.optimizer.lr * sum(self._factor(step) for step in steps)
 
     def _inner_prefix(self) -> str:
         return f"regions/{self.spec.region}/pool-{self.spec.pool}-"
 
     def _inner_layout(self) -> tuple[list[str], dict[str, Any]]:
         """Names of the per-element states, and the values of the scalar ones."""
-        keys, scalars = [], {}
-        for flat in self.parameters.flats():
+        keys: set[str] = set()
+        scalars: dict[str, Any] = {}
+        for flat in self.parameters.flats():  # an optimizer may keep less for some
             for key, value in self.engine.basic_optimizer.state.get(flat, {}).items():
                 if torch.is_tensor(value) and value.shape == flat.shape:
-                    keys.append(key)
+                    keys.add(key)
                 elif value is not None:
                     scalars[key] = float(value)
-            break
         return sorted(keys), scalars
 
     def _reset_inner(self, keys: Sequence[str], scalars: dict[str, Any]) -> None:
