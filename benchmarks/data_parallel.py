@@ -20,17 +20,16 @@ from xcloud.transport.blobs import RayBlobs
 __all__ = ["data_parallel"]
 
 
-def data_parallel(job: JobConfig, threads: int) -> float:
+def data_parallel(job: JobConfig) -> float:
     """Train `rounds * inner.steps` steps on what all regions read together; the last held-out loss.
 
     Args:
         job: its regions have one pool of one rank each.
-        threads: of torch.
     """
     specs = [worker_spec(job, region.name, 0, 0) for region in job.regions]
     batches = [spec.engine.micro_batch for spec in specs]
     together = specs[0].engine.model_copy(update={"micro_batch": sum(batches)})
-    worker = RankWorker(replace(specs[0], engine=together, threads=threads), RayBlobs())
+    worker = RankWorker(replace(specs[0], engine=together), RayBlobs())
     worker.start("127.0.0.1", 0)  # alone in its group: nobody listens there
     readers = [RankWorker(spec, RayBlobs()) for spec in specs]
     for reader in readers:

@@ -69,9 +69,6 @@ inner:
 """
 KINDS = {"us-east-1": "modules", "europe-west4": "tests", "westeurope": "reference"}
 MICRO_BATCH = 4
-THREADS = 2
-"""Of the data-parallel run, which has the machine to itself."""
-
 MUON = "{type: muon, lr: 1.2e-2}"
 
 
@@ -150,7 +147,7 @@ def run(options: Options) -> Result:
         namespace="xcloud",
     )
     try:
-        warm = {seed: warm_start(seed, warm_steps) for seed in seeds}
+        warm = {seed: warm_start(seed, warm_steps, sequences) for seed in seeds}
 
         def play(recipe: Recipe, trainer: Trainer) -> list[Played]:
             jobs = [job_of(recipe.text, seed, steps, warm[seed], sequences) for seed in seeds[: recipe.seeds]]
@@ -233,10 +230,10 @@ def job_of(text: str, seed: int, steps: int, model: Mapping[str, Any], sequences
     )
 
 
-def warm_start(seed: int, steps: int) -> dict[str, Any]:
+def warm_start(seed: int, steps: int, sequences: int) -> dict[str, Any]:
     """The model that all runs of a seed start from: a job of one region that reads all three kinds, exported."""
     text = f"{{inner: {{steps: {steps}}}, outer: {{type: sgd, lr: 1.0}}}}"
-    job = job_of(text, seed + 1000, steps, {"config": yaml.safe_load(MODEL)}, 0)
+    job = job_of(text, seed + 1000, steps, {"config": yaml.safe_load(MODEL)}, sequences)
     region = job.regions[0]
     everywhere = region.model_copy(
         update={
@@ -301,16 +298,22 @@ def play_data_parallel(job: JobConfig, folder: Path) -> Played:
     """The same steps of a synchronous run, in a process of its own."""
     del folder
     began = time.perf_counter()
-    environment = quiet_environment() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(THREADS)}
-    task = ray.remote(_data_parallel).options(num_cpus=1, max_calls=1, runtime_env={"env_vars": environment})
-    loss = ray.get(task.remote(dump_job(job)))
+    environment = quiet_environment() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    options = {"num_cpus": 1, "runtime_env": {"env_vars": environment}}
+    actor = ray.remote(DataParallel).options(**options).remote()
+    loss = ray.get(actor.train.remote(dump_job(job)))
+    ray.kill(actor)
     return Played(loss, 0, 0, time.perf_counter() - began)
 
 
-def _data_parallel(job: str) -> float:
-    from benchmarks.data_parallel import data_parallel  # noqa: PLC0415 - torch and DeepSpeed are for that process
+class DataParallel:
+    """The actor of a data-parallel run."""
 
-    return data_parallel(parse_job(job), THREADS)
+    def train(self, job: str) -> float:
+        """The last held-out loss."""
+        from benchmarks.data_parallel import data_parallel  # noqa: PLC0415 - torch and DeepSpeed are for this actor
+
+        return data_parallel(parse_job(job))
 
 
 def parameters_of(model: Mapping[str, Any]) -> int:
