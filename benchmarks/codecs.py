@@ -103,7 +103,9 @@ class Subject:
     def _frame(self, number: int, values: Array) -> Frame:
         matrices = ((0, CHUNK // 1024, 1024),)
         first = Frame(shared=number, private=number, members=MEMBERS, matrices=matrices)
-        scale = self.codec.next_scale(values, first)
+        scale = None
+        if self.codec.linear:
+            scale = self.codec.next_scale(values, self.codec.encode(values, first), 1, first)
         return Frame(shared=number, private=number, members=MEMBERS, matrices=matrices, scale=scale)
 
     def turn(self) -> None:

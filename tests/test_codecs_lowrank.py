@@ -13,6 +13,8 @@ from xcloud.codecs.lowrank import back, orthonormal, project, rebuild
 
 MATRICES = ((3, 60, 40), (2500, 16, 100), (4200, 2, 300))  # the last is too flat for rank 2
 LENGTH = 5000
+UNUSED = np.empty(0, np.uint8)
+"""A state of factors comes from the merged update alone."""
 
 
 def matrix(rows: int, columns: int, seed: int = 0, decay: float = 0.5) -> Array:
@@ -106,7 +108,7 @@ def test_one_sum_a_sync_finds_the_best_factors_too() -> None:
         for values in sent[1:]:
             codec.add(total, codec.encode(values, frame), frame)
         merged = codec.decode(total, LENGTH, frame) / np.float32(3)
-        scale = codec.next_scale(merged, frame)
+        scale = codec.next_scale(merged, total, 3, frame)
     for number in (0, 1):
         off = np.linalg.norm(of(merged, number) - of(mean, number))
         assert off < 1.001 * best(of(mean, number), 2), number
@@ -117,7 +119,7 @@ def test_what_is_no_matrix_is_exact_and_the_bytes_are_those_of_the_factors() -> 
     codec, values = LowRank(2, 1.0), chunk()
     first = Frame(shared=1, matrices=MATRICES)
     merged = codec.decode(codec.encode(values, first), LENGTH, first)
-    second = Frame(shared=2, matrices=MATRICES, scale=codec.next_scale(merged, first))
+    second = Frame(shared=2, matrices=MATRICES, scale=codec.next_scale(merged, UNUSED, 1, first))
     raw = LENGTH - 60 * 40 - 16 * 100
     assert codec.encode(values, first).nbytes == 4 * (raw + 2 * (60 + 16))
     assert codec.encode(values, second).nbytes == 4 * (raw + 2 * (40 + 100))
@@ -137,7 +139,7 @@ def test_encodings_of_either_side_add() -> None:
         apart = codec.decode(one, LENGTH, frame) + codec.decode(other, LENGTH, frame)
         together = codec.decode(total, LENGTH, frame)
         np.testing.assert_allclose(together, apart, atol=1e-5)
-        scale = codec.next_scale(together, frame)
+        scale = codec.next_scale(together, total, 2, frame)
         assert scale is not None
         assert scale.size == 1 + 2 * (60 + 40 + 16 + 100)
 
@@ -151,7 +153,7 @@ def test_error_feedback_sends_all_in_the_end() -> None:
         frame = Frame(shared=number, matrices=MATRICES, scale=scale)
         wanted = update + np.float32(codec.feedback) * residual
         decoded = codec.decode(codec.encode(wanted, frame), LENGTH, frame)
-        residual, scale = wanted - decoded, codec.next_scale(decoded, frame)
+        residual, scale = wanted - decoded, codec.next_scale(decoded, UNUSED, 1, frame)
         got += decoded
         off.append(np.linalg.norm(got / number - update) / np.linalg.norm(update))
     assert off[-1] < 0.5 * off[99]
@@ -167,7 +169,7 @@ def test_a_direction_that_vanished_comes_back() -> None:
         frame = Frame(shared=number, matrices=MATRICES, scale=scale)
         decoded = codec.decode(codec.encode(values, frame), LENGTH, frame)
         assert np.isfinite(decoded).all()
-        scale = codec.next_scale(decoded, frame)
+        scale = codec.next_scale(decoded, UNUSED, 1, frame)
         assert scale is not None
         rows = (60, 40)[number % 2]  # of the basis: P_hat after the first, Q after the second
         basis = scale[1 : 1 + 2 * rows].reshape(rows, 2)
@@ -181,7 +183,7 @@ def test_tiny_and_huge_updates_stay_finite(size: float) -> None:
         frame = Frame(shared=number, matrices=MATRICES, scale=scale)
         decoded = codec.decode(codec.encode(values, frame), LENGTH, frame)
         assert np.isfinite(decoded).all()
-        scale = codec.next_scale(decoded, frame)
+        scale = codec.next_scale(decoded, UNUSED, 1, frame)
     assert np.linalg.norm((decoded - values) / size) < 0.7 * np.linalg.norm(values[factored()] / size)
 
 
@@ -192,7 +194,7 @@ def test_bytes_and_states_of_another_size_are_refused() -> None:
     for wrong in (encoded[:-4], encoded[:0], np.append(encoded, np.uint8(0))):
         with pytest.raises(ValueError, match=str(wrong.nbytes)):
             codec.decode(wrong, LENGTH, frame)
-    scale = codec.next_scale(values, frame)
+    scale = codec.next_scale(values, UNUSED, 1, frame)
     assert scale is not None
     for state in (scale[:-1], np.where(np.arange(scale.size) == 0, 0.5, scale).astype(np.float32)):
         with pytest.raises(ValueError, match="state of these matrices"):
@@ -208,10 +210,10 @@ def test_buffers_are_only_read_and_may_lie_anywhere() -> None:
     decoded = codec.decode(odd, LENGTH, frame)
     decoded.flags.writeable = False
     assert decoded.tobytes() == codec.decode(encoded, LENGTH, frame).tobytes()
-    assert codec.next_scale(decoded, frame) is not None
+    assert codec.next_scale(decoded, UNUSED, 1, frame) is not None
 
 
 def test_without_matrices_there_is_no_state() -> None:
     codec, values = LowRank(4, 1.0), chunk()
-    assert codec.next_scale(values, Frame(matrices=((0, 8, 8),))) is None
+    assert codec.next_scale(values, UNUSED, 1, Frame(matrices=((0, 8, 8),))) is None
     assert codec.encode(values, Frame(matrices=((0, 8, 8),))).tobytes() == values.tobytes()

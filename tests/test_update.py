@@ -146,3 +146,31 @@ def test_a_total_that_is_not_finite_is_refused() -> None:
     encoded = one.encode(1, 0, np.full(LAYOUT[0].length, np.inf, np.float32), 1.0)
     with pytest.raises(AggregationError, match="round 1: the merged update is not finite in chunk 0"):
         one.decode(0, encoded, summed(1, [1.0]))
+
+
+@pytest.mark.parametrize("codec", [c for c in ADDING if c in FED_BACK])
+def test_what_is_owed_does_not_depend_on_later_shares(codec: str) -> None:
+    """All that was sent and all that is still owed are what was meant, each round at its own share."""
+    one, wanted, sent = path("a", codec), np.zeros(5000), np.zeros(5000)
+    for number, share in enumerate([0.01, 1.0, 0.0, 0.5, 1.0], 1):
+        delta = deltas(number)[0]
+        wanted += share * delta
+        encoded = one.encode(number, 0, delta, share)
+        sent += one.decode(0, encoded, summed(number, [1.0], ("a",)))
+        one.settle(merged=True)
+    np.testing.assert_allclose(sent + one.residual[0], wanted, atol=1e-7)
+
+
+@pytest.mark.parametrize("codec", FED_BACK)
+def test_a_chunk_that_was_not_encoded_keeps_its_residual(codec: str) -> None:
+    """Whatever rounds before it left in buffers."""
+    one = path("a", codec)
+    for number, merged in ((1, True), (2, True), (3, False)):
+        for chunk, delta in enumerate(deltas(number)):
+            one.encode(number, chunk, delta, 1.0)
+        one.settle(merged=merged)
+    before = [one.residual[chunk].tobytes() for chunk in OWNED]
+    one.encode(4, 0, deltas(4)[0], 1.0)
+    one.settle(merged=True)
+    after = [one.residual[chunk].tobytes() for chunk in OWNED]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [False, True, True]

@@ -1,7 +1,7 @@
 """The update path of one rank: from its share of a pseudo-gradient to bytes, and from merged bytes back.
 
-Up:   delta (+ feedback x residual) -> x share -> encode;  residual <- what the encoding lost.
-Down: decode (/ total share) -> pseudo-gradient of the outer step;  public scale <- its size.
+Up:   delta x share (+ feedback x residual) -> encode;  residual <- what the encoding lost.
+Down: decode (/ total share) -> pseudo-gradient of the outer step;  public scale <- the total.
 
 Two ways to merge. Codecs whose encodings add (`adds_up`) are summed as they are and the
 *total* comes back down: the aggregator never opens one, and each region has multiplied its
@@ -9,8 +9,9 @@ update by its own share of the weight. All others are opened by the aggregator, 
 them by any weights and encodes the result for the way down.
 
 A rank keeps, for the chunks it owns: the residual (error feedback, arXiv 1901.09847), which is
-private and counts only once its round is merged, and the codec's public scale. Nothing here
-knows of torch, DeepSpeed or Ray.
+private and counts only once its round is merged, and the codec's public scale. A residual is what a region
+still owes to the sum, so it is kept in the sum's units: multiplied by the share of its round, whatever
+later shares are. Nothing here knows of torch, DeepSpeed or Ray.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class UpdatePath:
         self.scales: dict[int, Array] = {}
         self.residual: dict[int, Array] = {}
         self._fresh: dict[int, Array] = {}
+        self._spare: dict[int, Array] = {}
         if codec.feedback:
             self.residual = {c: np.zeros(layout[c].length, np.float32) for c in owned}
 
@@ -90,19 +92,16 @@ class UpdatePath:
             share: of the largest weight, in [0, 1]; only where encodings add up.
         """
         frame = self._frame(round, chunk)
-        if self.codec.feedback:
-            delta += np.float32(self.codec.feedback) * self.residual[chunk]
-        factor = np.float32(share if adds_up(self.codec) else 1.0)
-        if factor != 1:
-            delta *= factor
+        if adds_up(self.codec) and share != 1:
+            delta *= np.float32(share)
+        if not self.codec.feedback:
+            return self.codec.encode(delta, frame)
+        delta += np.float32(self.codec.feedback) * self.residual[chunk]
         encoded = self.codec.encode(delta, frame)
-        if self.codec.feedback:
-            lost = self._fresh.get(chunk)
-            if lost is None:
-                lost = self._fresh[chunk] = np.empty_like(delta)
-            np.subtract(delta, self.codec.decode(encoded, delta.size, frame), out=lost)
-            if factor > 0:
-                lost /= factor
+        lost = self._fresh.get(chunk)
+        if lost is None:
+            lost = self._spare.pop(chunk) if chunk in self._spare else np.empty_like(delta)
+        self._fresh[chunk] = np.subtract(delta, self.codec.decode(encoded, delta.size, frame), out=lost)
         return encoded
 
     def decode(self, chunk: int, data: Bytes, total: RoundSum) -> Array:
@@ -119,18 +118,18 @@ class UpdatePath:
         merged = self.codec.decode(data, length, frame) * np.float32(1 / total.total_share)
         if not np.isfinite(np.dot(merged, merged)):
             raise AggregationError(f"round {total.round}: the merged update is not finite in chunk {chunk}")
-        scale = self.codec.next_scale(merged, frame)
+        scale = self.codec.next_scale(merged, data, len(total.regions), frame)
         if scale is not None:
             self.scales[chunk] = scale
         return merged
 
     def settle(self, merged: bool) -> None:
         """The round is over: what its encodings lost counts from now on, if they were merged."""
-        if merged:
-            self.residual, self._fresh = (
-                {**self.residual, **self._fresh},
-                self.residual if self._fresh else {},
-            )
+        for chunk, lost in self._fresh.items():
+            self._spare[chunk] = self.residual[chunk] if merged else lost
+            if merged:
+                self.residual[chunk] = lost
+        self._fresh = {}
 
     def restore(self, residual: dict[int, Array]) -> None:
         """Take up the residual of a checkpoint; what it does not hold is zero."""

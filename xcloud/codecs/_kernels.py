@@ -29,8 +29,9 @@ from xcloud.codecs.base import Array, Bytes
 __all__ = [
     "BLOCK",
     "E3M0_STEPS",
+    "LEVEL_BYTES",
+    "LEVEL_ONE",
     "MAX_WIDTH",
-    "block_rms",
     "blocks",
     "constant",
     "decode_e3m0",
@@ -49,6 +50,10 @@ __all__ = [
 
 BLOCK = 4096
 MAX_WIDTH = 16
+LEVEL_BYTES = 4
+"""In front of integers with public steps: each block's mean square, as a 32-bit integer that adds."""
+LEVEL_ONE = 1 << 16
+"""The level of a block whose root mean square is the clipping range."""
 E3M0_STEPS = 7
 """Magnitudes besides 0 that three exponent bits tell apart."""
 
@@ -353,6 +358,16 @@ def _power(values: Any, start: int, count: int, lanes: Any) -> Any:
 
 
 @jit
+def _put_level(out: Any, block: int, mean_square: Any) -> None:
+    """In units of the squared range, rounded up: only zeros have level 0. At most 16 ranges: 256 regions fit 32 bits."""
+    top = np.float64(1 << 24)
+    level = np.ceil(mean_square * np.float64(65536.0))
+    whole = np.uint32(level if level < top else top)
+    for j in range(4):
+        out[4 * block + j] = np.uint8((whole >> np.uint32(8 * j)) & np.uint32(255))
+
+
+@jit
 def _bf16_up(x: Any, bits: Any) -> Any:
     """The smallest bfloat16 that is not below `x` >= 0, as its 16 bits. `bits`: scratch of one fp32."""
     bits[0] = x
@@ -373,7 +388,7 @@ def _encode(
     length = values.size
     own = steps.size == 0
     count_blocks = (length + 4095) // 4096
-    body = 2 * count_blocks if own else 0
+    body = (2 if own else 4) * count_blocks
     work, turned = np.empty(4096, np.float32), np.empty(4096, np.float32)
     integers, words = np.empty(4096 + 3, np.uint32), np.empty(1024 + 1, np.uint64)
     lanes, one = np.empty(8, np.float64), np.empty(1, np.float32)
@@ -402,6 +417,8 @@ def _encode(
             factor = np.float32(limit) / (top if top > tiny else tiny) * norm
         else:
             factor = norm / steps[block]
+            share = np.float64(factor) / limit
+            _put_level(out, block, _power(turned, 0, size, lanes) / size * share * share)
         _quantise(turned, size, factor, limit, private, block, stochastic, mask, integers)
         _pack(integers, size, width, words, out, body + block * 512 * width)
 
@@ -412,7 +429,7 @@ def _decode(
 ) -> None:
     own = steps.size == 0
     count_blocks = (length + 4095) // 4096
-    body = 2 * count_blocks if own else 0
+    body = (2 if own else 4) * count_blocks
     work, turned = np.empty(4096 + 3, np.float32), np.empty(4096, np.float32)
     words, one = np.empty(1024 + 1, np.uint64), np.empty(1, np.float32)
     bits = turned.view(np.uint32)
@@ -470,15 +487,6 @@ def _add(total: Any, other: Any, width: int) -> None:
                 mine[k + j] = low ^ ((a ^ b) & top)
             k += width
         _copy(mine_bytes[:size], part)
-
-
-@jit
-def _block_rms(values: Any, out: Any) -> None:
-    lanes = np.empty(8, np.float64)
-    for block in range(out.size):
-        start = block * 4096
-        count = min(4096, values.size - start)
-        out[block] = np.float32(np.sqrt(_power(values, start, count, lanes) / count))
 
 
 @jit
@@ -621,12 +629,14 @@ def encode_integers(
     """Integers of at most `limit` each, packed.
 
     Args:
-        steps: what an integer of each block is worth; None: each block's own scale goes in front, as bfloat16.
+        steps: what an integer of each block is worth, and each block's level goes in front; None: each block's own
+            scale goes in front, as bfloat16.
         spread: an own scale is at most this many times the root mean square; 0: the largest magnitude.
     """
     count = slots(values.size, rotated)
     own = np.empty(0, np.float32) if steps is None else steps
-    out = np.empty(packed_bytes(count, width) + (2 * blocks(values.size) if steps is None else 0), np.uint8)
+    front = (2 if steps is None else LEVEL_BYTES) * blocks(values.size)
+    out = np.empty(front + packed_bytes(count, width), np.uint8)
     bits = constant(values.view(np.uint32))
     _encode(
         bits, constant(own), float(spread), limit, width, rotated, stochastic,
@@ -648,13 +658,6 @@ def decode_integers(
 def packed_add(total: Bytes, other: Bytes, width: int) -> None:
     """Add two streams of `width`-bit integers modulo 2^width, in place."""
     _add(total, constant(other), width)
-
-
-def block_rms(values: Array) -> Array:
-    """Root mean square of each block."""
-    out = np.empty(blocks(values.size), np.float32)
-    _block_rms(constant(values), out)
-    return out
 
 
 def rms(values: Array) -> float:

@@ -38,7 +38,7 @@ class Frame:
         private: 64-bit seed of this region alone, for stochastic rounding; a retry has the same.
         members: most encodings that will be added; sets the width of integer rings.
         matrices: `(start, rows, columns)` of the whole rows of 2-D parameters inside the chunk.
-        scale: the codec's public state of this chunk, from the last merged update; None before it.
+        scale: the codec's public state of this chunk, from the last sync's total; None before it.
         typical: root mean square to expect of a value as long as `scale` is None.
     """
 
@@ -80,10 +80,16 @@ class Codec(Protocol):
         """
         ...
 
-    def next_scale(self, merged: Array, frame: Frame) -> Array | None:
-        """The public state for the next sync, from this one's merged update (the mean); None: it has none.
+    def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
+        """The public state for the next sync; None: it has none. Linear codecs only.
 
         fp32, a fixed length for a chunk's length; a function of its arguments alone, so that all regions agree.
+
+        Args:
+            merged: this sync's merged update, the mean; shape (n,).
+            total: what it was decoded from.
+            contributors: encodings in it.
+            frame: of the chunk in this sync.
         """
         ...
 
@@ -99,9 +105,9 @@ class Opened:
         del total, other, frame
         raise TypeError(f"{type(self).__name__} is not linear")
 
-    def next_scale(self, merged: Array, frame: Frame) -> Array | None:
+    def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
         """No public state."""
-        del merged, frame
+        del merged, total, contributors, frame
         return None
 
 

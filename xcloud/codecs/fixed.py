@@ -2,9 +2,11 @@
 
 Each block of 4096 values is rotated (random signs, Walsh-Hadamard; arXiv 1611.00429), so that its
 values are alike in size, and rounded to integers of at most `limit`. The ring is wide enough for the sum
-of `members` of them: nothing can wrap. What an integer is worth must be known to all before anyone encodes:
-the clipping range is a multiple of the root mean square of the same block in the *last merged update*, which is public.
-Values beyond it saturate; with error feedback they are sent later.
+of `members` of them: nothing can wrap. What an integer is worth must be known to all before anyone encodes.
+So in front of the integers goes each block's *level*, the mean square of what this region wanted to send, residual and
+all, as one more integer that adds. The total says the regions' mean level, which no saturation and no lack of correlation
+hides, and the next clipping range is a multiple of its root. Values beyond it saturate; with error feedback
+they are sent later, and until then they raise the level.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame, 
 
 __all__ = ["Fixed", "FixedConfig"]
 
-FLOOR = 1e-3
-"""A block's scale is at least this share of its chunk's, so that one that was silent can speak again."""
+FALL = 4.0
+"""A scale falls at most so much a sync: a block that is quiet for one sync is not clipped in the next."""
+LEAST = 1e-12
+"""Of a scale: its steps stay normal floats."""
 
 
 class Fixed:
@@ -51,42 +55,48 @@ class Fixed:
 
     def decode(self, data: Bytes, length: int, frame: Frame) -> Array:
         width = self.width(frame.members)
-        expect_bytes(
-            data,
-            kernels.packed_bytes(kernels.slots(length, self.rotated), width),
-            length,
-            f"{width}-bit integers",
-        )
+        size = kernels.packed_bytes(kernels.slots(length, self.rotated), width)
+        front = kernels.LEVEL_BYTES * kernels.blocks(length)
+        expect_bytes(data, front + size, length, f"{width}-bit integers with levels")
         steps = self._steps(length, frame)
         return kernels.decode_integers(
             data, length, steps, self.limit, width, rotated=self.rotated, shared=frame.shared
         )
 
     def add(self, total: Bytes, other: Bytes, frame: Frame) -> None:
-        kernels.packed_add(total, other, self.width(frame.members))
+        width = self.width(frame.members)
+        whole = kernels.LEVEL_BYTES + kernels.packed_bytes(kernels.BLOCK, width)
+        front = kernels.LEVEL_BYTES * -(-total.nbytes // whole)
+        levels = total[:front].view("<u4")
+        np.add(levels, other[:front].view("<u4"), out=levels)
+        kernels.packed_add(total[front:], other[front:], width)
 
-    def next_scale(self, merged: Array, frame: Frame) -> Array | None:
-        rms = kernels.block_rms(merged)
-        before = frame.typical if frame.scale is None else frame.scale
-        least = max(FLOOR * kernels.rms(merged), 1e-12)
-        return (
-            np.maximum(rms, np.float32(least))
-            if rms.any()
-            else np.maximum(0 * rms + before, np.float32(least))
-        )
+    def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
+        """From the regions' mean level, block by block; where all were silent, the scale stays."""
+        before = self._scale(merged.size, frame)
+        levels = total[: kernels.LEVEL_BYTES * before.size].view("<u4")
+        shares = np.sqrt(levels / (kernels.LEVEL_ONE * contributors))
+        scale = (before * np.float32(self.clip) * shares).astype(np.float32)
+        if frame.scale is not None:
+            np.maximum(scale, before / np.float32(FALL), out=scale)
+        return np.maximum(np.where(levels, scale, before), np.float32(LEAST))
 
-    def _steps(self, length: int, frame: Frame) -> Array:
-        """What one integer of each block is worth."""
+    def _scale(self, length: int, frame: Frame) -> Array:
+        """The root mean square to expect of each block."""
         scale = frame.scale
         if scale is None:
             scale = np.full(kernels.blocks(length), frame.typical, np.float32)
         if scale.size != kernels.blocks(length):
             raise ValueError(f"{length} values have {kernels.blocks(length)} scales, got {scale.size}")
-        return scale * np.float32(self.clip / self.limit)
+        return scale
+
+    def _steps(self, length: int, frame: Frame) -> Array:
+        """What one integer of each block is worth."""
+        return self._scale(length, frame) * np.float32(self.clip / self.limit)
 
 
-CLIP = {8: 8.0, 4: 4.0, 2: 1.5}
-"""Clipping ranges in root mean squares of the merged update; those of a region's own update are larger."""
+CLIP = {8: 8.0, 4: 3.0, 2: 1.25}
+"""Clipping ranges in root mean squares, such that the residual is small (docs/decisions/0015); few 8-bit values clip."""
 
 
 @CODECS.register
@@ -97,7 +107,7 @@ class FixedConfig(CodecConfig):
         bits: of one region's integers; the ring takes 1 or 2 more for 3 regions.
         rotate: Hadamard rotation of each block.
         rounding: stochastic is unbiased; nearest has the smaller error, to be used with feedback.
-        clip: clipping range in root mean squares of the last merged update; null: 8, 4 and 1.5 for 8, 4 and 2 bits.
+        clip: clipping range in root mean squares of what regions send; null: 8, 3 and 1.25 for 8, 4 and 2 bits.
         feedback: share of the encoding error that the next update makes up for; null: 0 at 8 bits, else 1.
     """
 

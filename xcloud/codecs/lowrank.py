@@ -180,7 +180,8 @@ class LowRank:
         summed = total.view(np.float32)
         np.add(summed, other.view(np.float32), out=summed)
 
-    def next_scale(self, merged: Array, frame: Frame) -> Array | None:
+    def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
+        del total, contributors
         pieces = self._pieces(frame)
         if not pieces:
             return None

@@ -35,8 +35,8 @@ class Identity:
         summed = total.view(np.float32)
         np.add(summed, other.view(np.float32), out=summed)
 
-    def next_scale(self, merged: Array, frame: Frame) -> Array | None:
-        del merged, frame
+    def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
+        del merged, total, contributors, frame
         return None
 
 

@@ -3,7 +3,8 @@
 `topk` is SparseLoCo's way up (arXiv 2508.15706): in each block the `k` largest magnitudes, indices in 12
 bits, values in 2 (a sign, and which of two bins; a bin decodes to its mean); what is left out
 stays in the residual. Blocks are runs of the flat chunk, for matrices too (the paper cuts those into 64 x 64 tiles).
-`sparse` is its way down: the mean of several such updates, coordinates exact and values in 8 bits.
+`sparse` is its way down: the mean of several such updates, coordinates exact, their gaps in Rice codes (about 6 bits each
+for three regions), values in 8, 4 or 2 bits.
 `random_k` sends the same coordinates from every region, drawn with a shared seed, so its encodings add.
 """
 
@@ -23,8 +24,6 @@ from xcloud.codecs.plain import Identity
 __all__ = ["RandomK", "RandomKConfig", "Sparse", "SparseConfig", "TopK", "TopKConfig"]
 
 BLOCK = 4096
-BITMAP_FROM = 342
-"""So many coordinates of a block are said shorter by a bitmap (512 bytes) than by 12-bit indices."""
 
 
 @jit
@@ -192,106 +191,175 @@ def _block_bytes(count: int, k: int) -> int:
 
 
 @jit
-def _sparse_bytes(values: Any) -> Any:
-    size = 0
-    for start in range(0, values.size, 4096):
-        held = 0
-        for i in range(start, min(start + 4096, values.size)):
-            held += values[i] != np.float32(0.0)
-        size += 2 if held == 0 else 4 + held + ((held * 3 + 1) // 2 if held < BITMAP_FROM else 512)
-    return size
+def _rice(count: int, held: int) -> int:
+    """Low bits of a gap that Rice coding sends as they are, for gaps that average `count` / `held`."""
+    low = 0
+    while 100 * (held << (low + 1)) <= 69 * count:
+        low += 1
+    return low
 
 
 @jit
-def _encode_sparse(values: Any, out: Any) -> None:
-    one = np.empty(1, np.float32)
+def _put_gaps(chosen: Any, held: int, low: int, out: Any, start: int) -> Any:
+    """Rice codes from byte `start` on, which is zero: gap >> low zeros, a one, the low bits. Bytes written."""
+    bit, before = 0, -1
+    for position in range(held):
+        gap = chosen[position] - before - 1
+        before = chosen[position]
+        bit += gap >> low
+        out[start + bit // 8] |= np.uint8(1 << (bit % 8))
+        bit += 1
+        for j in range(low):
+            out[start + bit // 8] |= np.uint8(((gap >> j) & 1) << (bit % 8))
+            bit += 1
+    return (bit + 7) // 8
+
+
+@jit
+def _get_gaps(data: Any, start: int, held: int, low: int, count: int, chosen: Any) -> Any:
+    """The inverse: bytes read, or -1 where they end too early or an index is `count` or more."""
+    bit, index, end = 0, -1, 8 * (data.size - start)
+    for position in range(held):
+        upper = 0
+        while bit < end and not (data[start + bit // 8] >> np.uint8(bit % 8)) & np.uint8(1):
+            bit += 1
+            upper += 1
+        bit += 1
+        if bit + low > end:
+            return -1
+        gap = upper << low
+        for j in range(low):
+            gap |= np.int64((data[start + bit // 8] >> np.uint8(bit % 8)) & np.uint8(1)) << j
+            bit += 1
+        index += gap + 1
+        if index >= count:
+            return -1
+        chosen[position] = index
+    return (bit + 7) // 8
+
+
+@jit
+def _binned(sizes: Any, held: int, levels: int, bins: Any, means: Any) -> None:
+    """Split `sizes` at their mean, the parts at theirs, and so on: the bin of each, and the bins' means."""
+    counts = np.empty(means.size, np.int64)
+    bins[:held] = 0
+    for level in range(levels + 1):
+        means[: 1 << level], counts[: 1 << level] = 0.0, 0
+        for i in range(held):
+            means[bins[i]] += sizes[i]
+            counts[bins[i]] += 1
+        for part in range(1 << level):
+            means[part] /= max(1, counts[part])
+        if level < levels:
+            for i in range(held):
+                bins[i] = 2 * bins[i] + (sizes[i] > means[bins[i]])
+
+
+@jit
+def _put_number(out: Any, at: int, x: Any, one: Any) -> Any:
+    """bfloat16 at byte `at`; what it decodes to."""
+    number = _bfloat16(x, one)
+    out[at], out[at + 1] = np.uint8(number & np.uint16(255)), np.uint8(number >> np.uint16(8))
+    return _from_bfloat16(out[at], out[at + 1], one)
+
+
+@jit
+def _encode_sparse(values: Any, bits: int, out: Any) -> Any:
+    """Bytes written. `out` is zero."""
+    one, chosen, bins = np.empty(1, np.float32), np.empty(4096, np.int64), np.empty(4096, np.int64)
+    sizes, means = np.empty(4096, np.float64), np.empty(1 << (bits - 1), np.float64)
     at: Any = 0
     for start in range(0, values.size, 4096):
         count = min(4096, values.size - start)
         held, top = 0, np.float32(0.0)
-        for i in range(start, start + count):
-            held += values[i] != np.float32(0.0)
-            top = max(top, abs(values[i]))
-        out[at], out[at + 1] = np.uint8(held & 255), np.uint8(held >> 8)
-        if held == 0:
-            at += 2
-            continue
-        scale = _bfloat16(top, one)
-        out[at + 2], out[at + 3] = np.uint8(scale & np.uint16(255)), np.uint8(scale >> np.uint16(8))
-        top = _from_bfloat16(out[at + 2], out[at + 3], one)
-        factor = np.float32(127.0) / top if top > np.float32(0.0) else np.float32(0.0)
-        places = at + 4
-        body = places + ((held * 3 + 1) // 2 if held < BITMAP_FROM else 512)
-        position = 0
         for i in range(count):
             value = values[start + i]
-            if value == np.float32(0.0):
-                continue
-            if held < BITMAP_FROM:
-                _put12(out, places, position, i)
-            else:
-                out[places + i // 8] |= np.uint8(1 << (i % 8))
-            level = np.rint(value * factor)
-            out[body + position] = np.uint8(np.int8(min(max(level, np.float32(-127.0)), np.float32(127.0))))
-            position += 1
-        at = body + held
+            chosen[held] = i
+            held += value != np.float32(0.0)
+            top = max(top, abs(value))
+        out[at], out[at + 1] = np.uint8(held & 255), np.uint8(held >> 8)
+        at += 2
+        if held == 0:
+            continue
+        if bits == 8:
+            top = _put_number(out, at, top, one)
+            at += 2
+            factor = np.float32(127.0) / top if top > np.float32(0.0) else np.float32(0.0)
+            for position in range(held):
+                level = np.rint(values[start + chosen[position]] * factor)
+                level = min(max(level, np.float32(-127.0)), np.float32(127.0))
+                out[at + position] = np.uint8(np.int8(level))
+        else:
+            for position in range(held):
+                sizes[position] = np.float64(abs(values[start + chosen[position]]))
+            _binned(sizes, held, bits - 1, bins, means)
+            for part in range(1 << (bits - 1)):
+                _put_number(out, at, np.float32(means[part]), one)
+                at += 2
+            for position in range(held):
+                code = 2 * bins[position] + (values[start + chosen[position]] < np.float32(0.0))
+                bit = position * bits
+                out[at + bit // 8] |= np.uint8(code << (bit % 8))
+        at += (held * bits + 7) // 8
+        at += _put_gaps(chosen, held, _rice(count, held), out, at)
+    return at
 
 
 @jit
-def _decode_sparse(data: Any, out: Any) -> Any:
+def _decode_sparse(data: Any, bits: int, out: Any) -> Any:
     """Bytes read, or -1 for what makes no sense."""
-    one = np.empty(1, np.float32)
+    one, chosen = np.empty(1, np.float32), np.empty(4096, np.int64)
+    means = np.empty(1 << (bits - 1), np.float32)
+    front = 2 if bits == 8 else 2 << (bits - 1)
     at: Any = 0
     for start in range(0, out.size, 4096):
         count = min(4096, out.size - start)
         if at + 2 > data.size:
             return -1
-        held = np.int64(data[at]) | (np.int64(data[at + 1]) << 8)
+        held: Any = np.int64(data[at]) | (np.int64(data[at + 1]) << 8)
+        at += 2
         if held == 0:
-            at += 2
             continue
-        if held > count:
+        body = at + front
+        places = body + (held * bits + 7) // 8
+        if held > count or places > data.size:
             return -1
-        places = at + 4
-        body = places + ((held * 3 + 1) // 2 if held < BITMAP_FROM else 512)
-        if body + held > data.size:
+        read = _get_gaps(data, places, held, _rice(count, held), count, chosen)
+        if read < 0:
             return -1
-        step = _from_bfloat16(data[at + 2], data[at + 3], one) / np.float32(127.0)
-        if held < BITMAP_FROM:
-            before = -1
+        if bits == 8:
+            step = _from_bfloat16(data[at], data[at + 1], one) / np.float32(127.0)
             for position in range(held):
-                index = _get12(data, places, position)
-                if index <= before or index >= count:
-                    return -1
-                before = index
-                out[start + index] = np.float32(np.int8(data[body + position])) * step
+                out[start + chosen[position]] = np.float32(np.int8(data[body + position])) * step
         else:
-            position = 0
-            for i in range(4096):
-                if data[places + i // 8] & np.uint8(1 << (i % 8)):
-                    if i >= count or position >= held:
-                        return -1
-                    out[start + i] = np.float32(np.int8(data[body + position])) * step
-                    position += 1
-            if position != held:
-                return -1
-        at = body + held
+            for part in range(1 << (bits - 1)):
+                means[part] = _from_bfloat16(data[at + 2 * part], data[at + 2 * part + 1], one)
+            for position in range(held):
+                bit = position * bits
+                code = (data[body + bit // 8] >> np.uint8(bit % 8)) & np.uint8((1 << bits) - 1)
+                size = means[code >> np.uint8(1)]
+                out[start + chosen[position]] = -size if code & np.uint8(1) else size
+        at = places + read
     return at
 
 
 class Sparse(Opened):
-    """The coordinates that are not zero, with 8-bit values."""
+    """The coordinates that are not zero; see `SparseConfig`."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
 
     def encode(self, values: Array, frame: Frame) -> Bytes:
         del frame
-        out = np.zeros(_sparse_bytes(constant(values)), np.uint8)
-        _encode_sparse(constant(values), out)
-        return out
+        # At most: a length, means, codes, and gaps, which take 4848 bits where Rice coding is at its worst.
+        most = -(-values.size // BLOCK) * (2 + 16 + 640) + (values.size * self.bits + 7) // 8
+        out = np.zeros(most, np.uint8)
+        return out[: _encode_sparse(constant(values), self.bits, out)].copy()
 
     def decode(self, data: Bytes, length: int, frame: Frame) -> Array:
         del frame
         out = np.zeros(length, np.float32)
-        if _decode_sparse(constant(data), out) != data.size:
+        if _decode_sparse(constant(data), self.bits, out) != data.size:
             raise ValueError(f"{data.nbytes} bytes are not the sparse encoding of {length} values")
         return out
 
@@ -318,8 +386,9 @@ class RandomK:
     def add(self, total: Bytes, other: Bytes, frame: Frame) -> None:
         self.values.add(total, other, frame)
 
-    def next_scale(self, merged: Array, frame: Frame) -> Array | None:
-        return self.values.next_scale(merged[self._drawn(merged.size, frame)], frame)
+    def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
+        drawn = self._drawn(merged.size, frame)
+        return self.values.next_scale(merged[drawn], total, contributors, frame)
 
     def _drawn(self, length: int, frame: Frame) -> npt.NDArray[np.int64]:
         """The coordinates, in order: a function of the shared seed alone."""
@@ -347,12 +416,18 @@ class TopKConfig(CodecConfig):
 
 @CODECS.register
 class SparseConfig(CodecConfig):
-    """`sparse`: for the way down, when the ways up are sparse."""
+    """`sparse`: for the way down, when the ways up are sparse.
+
+    Attributes:
+        bits: of each value. 8: integers in units of the block's largest; 4 and 2: a sign and one of 8 or 2 bins,
+            split at means, which decode to their mean.
+    """
 
     type: Literal["sparse"] = "sparse"
+    bits: Literal[8, 4, 2] = 8
 
     def build(self) -> Codec:
-        return Sparse()
+        return Sparse(self.bits)
 
 
 @CODECS.register
