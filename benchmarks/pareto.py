@@ -67,6 +67,7 @@ inner:
   optimizer: {type: adamw, lr: 1.2e-2}
   schedule: {type: cosine, warmup_steps: 30, final_ratio: 0.05}
 """
+WARM_STEPS, STEPS = 2000, 960
 KINDS = {"us-east-1": "modules", "europe-west4": "tests", "westeurope": "reference"}
 MICRO_BATCH = 4
 MUON = "{type: muon, lr: 1.2e-2}"
@@ -135,7 +136,7 @@ GOALS = {  # metric: fewest times fewer bytes, largest gap, only recipes whose e
 def run(options: Options) -> Result:
     """A warm start and the data-parallel runs for each seed, then every recipe."""
     apply_quiet()
-    warm_steps, steps, sequences = (60, 120, 48) if options.quick else (600, 960, 192)
+    warm_steps, steps, sequences = (60, 120, 48) if options.quick else (WARM_STEPS, STEPS, 192)
     recipes = [recipe for recipe in RECIPES if recipe.name in QUICK or not options.quick]
     seeds = range(options.seed, options.seed + (1 if options.quick else 3))
     ray.init(

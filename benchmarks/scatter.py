@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 __all__ = ["Goal", "Point", "scatter"]
 
 WIDTH, HEIGHT = 960, 600
-LEFT, RIGHT, TOP, BOTTOM = 70, 30, 60, 60
+LEFT, RIGHT, TOP, BOTTOM = 70, 40, 60, 60
 LETTER, LINE = 6.2, 13.0
 """Width of a letter and height of a line of the labels, in pixels."""
 
@@ -59,24 +59,27 @@ def scatter(
     )
 
     def at_x(x: float) -> float:
-        return LEFT + (math.log10(x) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + 20 + (math.log10(x) - low) / (high - low) * (WIDTH - LEFT - RIGHT - 20)
 
     def at_y(y: float) -> float:
         return HEIGHT - BOTTOM - (y - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
 
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
-    frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif" fill="{INK}"'
+    frame = (
+        f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, DejaVu Sans, sans-serif" fill="{INK}"'
+    )
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {frame}>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         _text(LEFT, 24, title, "start", size=15),
     ]
-    for goal in goals:
-        out.append(
+    out += [
+        (
             f'<rect x="{at_x(goal.x):.1f}" y="{at_y(goal.y):.1f}" width="{right - at_x(goal.x):.1f}" '
             f'height="{floor - at_y(goal.y):.1f}" fill="{GOAL}" fill-opacity="0.6" stroke="#7fbf95" stroke-dasharray="4 3"/>'
         )
-        out.append(_text(right - 6, at_y(goal.y) + 13, goal.label, "end", colour="#3c7a52"))
+        for goal in goals
+    ]
     for power in range(low, high + 1):
         x = at_x(10**power)
         out.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{floor}" stroke="{PALE}"/>')
@@ -86,6 +89,9 @@ def scatter(
         colour = INK if step == 0 else PALE
         out.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="{colour}"/>')
         out.append(_text(LEFT - 8, y + 4, f"{step * tick:g}", "end"))
+    for index, goal in enumerate(goals):
+        label_y = floor - 8 - 15 * (len(goals) - 1 - index)
+        out.append(_text(at_x(goal.x) + 6, label_y, goal.label, "start", colour="#3c7a52"))
     out.append(_text((LEFT + right) / 2, HEIGHT - 14, x_label, "middle", size=12))
     out.append(
         f'<g transform="translate(18 {(TOP + floor) / 2:.0f}) rotate(-90)">{_text(0, 0, y_label, "middle", size=12)}</g>'
