@@ -124,13 +124,41 @@ Trainer = Callable[[JobConfig, Path], Played]
 DATA_PARALLEL = Recipe("data-parallel", "inner: {steps: 1}", 3)
 MUON_DATA_PARALLEL = Recipe("data-parallel, Muon", f"inner: {{steps: 1, optimizer: {MUON}}}", 3)
 NESTEROV = "{type: nesterov, lr: 0.8, momentum: 0.7}"
+TWO_BITS = "{type: fixed, bits: 2, rounding: nearest}"
+
+
+def recipe(name: str, steps: int, changes: str = "", muon: bool = False, seeds: int = 1) -> Recipe:
+    """A recipe of H = `steps` with DiLoCo's outer optimizer, unless `changes` (keys of a job) has another."""
+    inner = f"inner: {{steps: {steps}, optimizer: {MUON}}}" if muon else f"inner: {{steps: {steps}}}"
+    outer = "" if "outer:" in changes else f"outer: {NESTEROV}\n"
+    return Recipe(name, f"{inner}\n{outer}{changes}", seeds)
+
+
 RECIPES = [
-    Recipe("fedavg", "inner: {steps: 40}\nouter: {type: sgd, lr: 1.0}"),
-    Recipe("diloco", f"inner: {{steps: 30}}\nouter: {NESTEROV}"),
-    Recipe("diloco bf16", f"inner: {{steps: 30}}\nouter: {NESTEROV}\ncodec: bf16\ndownlink: bf16"),
-    Recipe("diloco_4bit_sum", f"inner: {{steps: 40}}\nouter: {NESTEROV}\ncodec: {{type: fixed, bits: 4}}", 3),
+    recipe("fedavg", 30, "outer: {type: sgd, lr: 1.0}"),
+    recipe("diloco", 30),
+    recipe("diloco, bf16", 30, "codec: bf16\ndownlink: bf16"),
+    recipe("diloco, e3m0", 30, "codec: e3m0\ndownlink: {type: block, bits: 4}"),
+    recipe("diloco, 4-bit sum", 40, "codec: {type: fixed, bits: 4}"),
+    recipe("diloco, 2-bit sum", 20, f"codec: {TWO_BITS}", seeds=3),
+    recipe("diloco, lowrank", 30, "codec: {type: lowrank, rank: 4}"),
+    recipe("diloco, random_k", 40, "codec: {type: random_k, fraction: 0.25, bits: 4}"),
+    recipe(
+        "sparseloco",
+        40,
+        "aggregator: norm_bound\nouter: {type: sgd, lr: 1.0}\n"
+        "codec: {type: topk, k: 64, feedback: 0.95}\ndownlink: {type: sparse, bits: 2}",
+    ),
+    Recipe(
+        "gradient aggregation",
+        "inner: {steps: 1, optimizer: {type: sgd, lr: 1.0}}\nouter: {type: adam, lr: 3e-3}\n"
+        "codec: {type: fixed, bits: 8}",
+    ),
+    recipe("muon, 2-bit sum", 40, f"codec: {TWO_BITS}", muon=True, seeds=3),
+    recipe("muon, 2-bit sum, long rounds", 80, f"codec: {TWO_BITS}", muon=True, seeds=3),
+    recipe("muon, sign", 128, "codec: sign\ndownlink: sign", muon=True, seeds=3),
 ]
-QUICK = ("diloco", "diloco_4bit_sum", "sparseloco")
+QUICK = ("diloco", "diloco, 4-bit sum", "muon, 2-bit sum")
 SUMMARY = ("recipe", "loss_gap", "bytes_ratio", "linear")
 GOALS = {  # metric: fewest times fewer bytes, largest gap, only recipes whose encodings add
     "gap_at_100x": (100.0, 0.01, False),
@@ -337,7 +365,7 @@ def row(
         baselines: data-parallel runs by inner optimizer.
         exchanged: bytes that bf16 gradients would have taken, of all regions both ways.
     """
-    gaps = gaps_of(runs, baselines["adamw"])
+    gaps, same = gaps_of(runs, baselines["adamw"]), baselines.get(recipe.inner)
     up, down = (statistics.mean(way) for way in zip(*((p.bytes_up, p.bytes_down) for p in runs), strict=True))
     return {
         "recipe": recipe.name,
@@ -346,7 +374,7 @@ def row(
         "loss": statistics.mean(played.loss for played in runs),
         "loss_gap": statistics.mean(gaps),
         "spread": max(gaps) - min(gaps) if len(gaps) > 1 else None,
-        "gap_same_inner": statistics.mean(gaps_of(runs, baselines[recipe.inner])),
+        "gap_same_inner": statistics.mean(gaps_of(runs, same)) if same else None,
         "bytes_up": round(up) or None,
         "bytes_down": round(down) or None,
         "bytes_ratio": exchanged / (up + down) if up + down else 1.0,
