@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -184,14 +185,16 @@ def run(options: Options) -> Result:
     try:
         model = warm_start(options.seed + 1000, warm_steps, sequences)  # no run's order of data
 
-        def play(recipe: Recipe, trainer: Trainer) -> list[Played]:
+        def play(recipe: Recipe, trainer: Trainer, together: int) -> list[Played]:
             jobs = [job_of(recipe.text, seed, steps, model, sequences) for seed in seeds[: recipe.seeds]]
-            return [kept(recipe.name, job, trainer) for job in jobs]
+            with ThreadPoolExecutor(together) as pool:
+                return list(pool.map(lambda job: kept(recipe.name, job, trainer), jobs))
 
-        baselines = {
-            recipe.inner: play(recipe, play_data_parallel) for recipe in (DATA_PARALLEL, MUON_DATA_PARALLEL)
+        baselines = {  # a data-parallel run is one process and thread, a job three
+            recipe.inner: play(recipe, play_data_parallel, len(seeds))
+            for recipe in (DATA_PARALLEL, MUON_DATA_PARALLEL)
         }
-        played = [play(recipe, play_job) for recipe in recipes]
+        played = [play(recipe, play_job, 1) for recipe in recipes]
     finally:
         ray.shutdown()
     exchanged = 4 * parameters_of(model) * len(KINDS) * steps
