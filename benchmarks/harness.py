@@ -112,7 +112,7 @@ class Result:
 
     Attributes:
         metrics: flat figures by key (`[a-z][a-z0-9_]*`), with the unit at the end of the key;
-            None for what was not measured.
+            None for what was not measured. `rows` may hold a list of such mappings.
         targets: for a metric, the bound it answers to.
         rows: the table for people, one mapping a row; columns in order of first appearance.
         notes: sentences a reader of the figures needs.
@@ -161,19 +161,22 @@ def load(name: str) -> Callable[[Options], Result]:
 # ---------------------------------------------------------------------------- judging
 
 
-def check_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
-    """`metrics` as plain JSON scalars.
+def check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics` as plain JSON scalars; under `rows`, a list of mappings of such.
 
     Raises:
-        BenchmarkError: no metric, a bad key, a nested value, NaN or infinity.
+        BenchmarkError: no metric, a bad key, any other nested value, NaN or infinity.
     """
     if not metrics:
         raise BenchmarkError("the result has no metrics")
-    checked: dict[str, Scalar] = {}
+    checked: dict[str, Any] = {}
     for key, value in metrics.items():
         if not METRIC_KEY.fullmatch(key):
             raise BenchmarkError(f"metric key {key!r} does not match {METRIC_KEY.pattern}")
-        checked[key] = _scalar(key, value)
+        if key == "rows" and isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
+            checked[key] = [check_metrics(row) for row in value]
+        else:
+            checked[key] = _scalar(key, value)
     return checked
 
 
@@ -187,7 +190,7 @@ def _scalar(key: str, value: Any) -> Scalar:
     return value
 
 
-def judge(metrics: Mapping[str, Scalar], targets: Mapping[str, str]) -> list[Verdict]:
+def judge(metrics: Mapping[str, Any], targets: Mapping[str, str]) -> list[Verdict]:
     """Judge every target by its metric.
 
     Raises:
@@ -196,7 +199,7 @@ def judge(metrics: Mapping[str, Scalar], targets: Mapping[str, str]) -> list[Ver
     return [Verdict(key, metrics.get(key), text, _met(metrics, key, text)) for key, text in targets.items()]
 
 
-def _met(metrics: Mapping[str, Scalar], key: str, text: str) -> bool:
+def _met(metrics: Mapping[str, Any], key: str, text: str) -> bool:
     parsed = TARGET.fullmatch(text.strip())
     if parsed is None:
         raise BenchmarkError(
@@ -211,7 +214,7 @@ def _met(metrics: Mapping[str, Scalar], key: str, text: str) -> bool:
     return OPERATORS[parsed["op"]](value, bound * float(parsed["number"] or 1))
 
 
-def _number(metrics: Mapping[str, Scalar], key: str, target: str) -> float | None:
+def _number(metrics: Mapping[str, Any], key: str, target: str) -> float | None:
     if key not in metrics:
         raise BenchmarkError(f"target {target!r}: there is no metric {key!r}")
     value = metrics[key]
