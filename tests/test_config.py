@@ -620,3 +620,44 @@ def test_reading_a_job_does_not_wait_for_large_libraries() -> None:
     code = f"import sys, xcloud.config; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+TIMING: list[tuple[dict[str, Any], str]] = [
+    ({"streaming": {"overlap": 3}, "inner": {"steps": 3}}, r"streaming.overlap is 3, but .* inner.steps: 3"),
+    ({"buffer": {"goal": 4}}, "buffer.goal is 4, but 'regions' lists only"),
+    ({"buffer": {}, "failure": {"quorum": 1}}, "failure.quorum and buffer.goal"),
+    ({"buffer": {}, "streaming": {"fragments": 2}}, "buffer and streaming cannot be combined"),
+    ({"buffer": {}, "codec": "fixed"}, "codec 'fixed' adds encodings of one round only"),
+    (
+        {"streaming": {"alpha": 0.5}, "inner": {"correction": {"type": "fedprox", "mu": 0.1}}},
+        "inner.correction 'fedprox' corrects the drift",
+    ),
+    (
+        {
+            "buffer": {},
+            "inner": {"correction": "scaffold", "optimizer": {"type": "sgd", "lr": 0.1}, "clip_norm": None},
+        },
+        "inner.correction scaffold needs updates of one round",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), TIMING, ids=[message for _, message in TIMING])
+def test_what_streaming_and_buffer_cannot_do(changes: dict[str, Any], message: str) -> None:
+    assert re.search(message, error(JOB | changes))
+
+
+def test_alpha_follows_overlap_unless_it_is_given() -> None:
+    mixes = [
+        parse(JOB | {"streaming": streaming}).streaming.mix
+        for streaming in ({}, {"overlap": 1}, {"overlap": 1, "alpha": 0.0}, {"alpha": 0.25})
+    ]
+    assert mixes == [0.0, 0.5, 0.0, 0.25]
+    keeps = [parse(JOB | {"streaming": s}).streaming.keeps_local for s in ({}, {"overlap": 1, "alpha": 0})]
+    assert keeps == [False, True]
+
+
+def test_stale_updates_weigh_less() -> None:
+    buffer = parse(JOB | {"buffer": {"power": 0.5}}).buffer
+    assert buffer is not None
+    assert [buffer.factor(s) for s in (0, 3, 8)] == pytest.approx([1, 1 / 2, 1 / 3])
