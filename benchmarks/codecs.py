@@ -30,6 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     *({"type": "block", "bits": bits} for bits in (8, 4, 2)),
     {"type": "e3m0"},
     {"type": "sign"},
+    {"type": "ternary"},
     {"type": "topk"},
     *({"type": "sparse", "bits": bits} for bits in (8, 4, 2)),
     {"type": "random_k"},

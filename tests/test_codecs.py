@@ -51,10 +51,14 @@ def levels(length: int) -> int:
     return 4 * math.ceil(length / 4096)
 
 
+def cuts(length: int) -> list[int]:
+    """Sizes of a chunk's blocks."""
+    return [4096] * (length // 4096) + [length % 4096] * (length % 4096 > 0)
+
+
 def top(length: int, k: int) -> int:
     """Bytes of a top-k chunk."""
-    blocks = [4096] * (length // 4096) + [length % 4096] * (length % 4096 > 0)
-    kept = [max(1, math.ceil(k * count / 4096)) for count in blocks]
+    kept = [max(1, math.ceil(k * count / 4096)) for count in cuts(length)]
     return sum(4 + math.ceil(12 * n / 8) + math.ceil(2 * n / 8) for n in kept)
 
 
@@ -76,6 +80,7 @@ ERROR: dict[str, float | None] = {
     "block 2": None,
     "e3m0": 0.6,
     "sign": 1.0,
+    "ternary": 0.5,
     "topk": 1.0,
     "topk all": 1.0,
     "topk kept": 1.0,
@@ -100,6 +105,7 @@ BYTES: dict[str, Callable[[int], int]] = {
     "block 2": lambda n: math.ceil(n / 4) + 2 * math.ceil(n / 4096),
     "e3m0": lambda n: math.ceil(n / 2) + 2 * math.ceil(n / 256),
     "sign": lambda n: math.ceil(n / 8) + 4 * math.ceil(n / 4096),
+    "ternary": lambda n: sum(2 + math.ceil(padded(c) / 5) for c in cuts(n)),
     "topk": lambda n: top(n, 64),
     "topk all": lambda n: top(n, 4096),
     "topk kept": lambda n: top(n, 256),

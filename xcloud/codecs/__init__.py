@@ -8,6 +8,7 @@ from xcloud.codecs.lowrank import LowRank, LowRankConfig
 from xcloud.codecs.plain import BFloat16, BFloat16Config, Identity, IdentityConfig
 from xcloud.codecs.sign import Sign, SignConfig
 from xcloud.codecs.sparse import RandomK, RandomKConfig, Sparse, SparseConfig, TopK, TopKConfig
+from xcloud.codecs.ternary import Ternary, TernaryConfig
 
 __all__ = [
     "CODECS",
@@ -34,6 +35,8 @@ __all__ = [
     "SignConfig",
     "Sparse",
     "SparseConfig",
+    "Ternary",
+    "TernaryConfig",
     "TopK",
     "TopKConfig",
     "accumulate",
