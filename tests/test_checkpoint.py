@@ -60,7 +60,7 @@ def write(
     """The files that `world` ranks write together."""
     written = []
     for rank in range(world):
-        owned = LAYOUT.owned(rank, world)
+        (owned,) = LAYOUT.owned(rank, world)
         tensors = {name: by_chunk(flat(name, round), owned) for name in names}
         written += store.write_tensors(round, prefix, owned, tensors, scalars or {})
     return written
@@ -77,7 +77,7 @@ def read(
     parts: dict[str, list[Array]] = {}
     files = list(files)
     for rank in range(world):
-        owned = LAYOUT.owned(rank, world)
+        (owned,) = LAYOUT.owned(rank, world)
         tensors, _ = store.read_tensors(round, chunk_files(files, prefix), owned)
         for name, values in tensors.items():
             assert sorted(values) == list(owned)
@@ -157,7 +157,7 @@ def test_scalars_come_back_to_every_reader(store: CheckpointStore) -> None:
     scalars = {"step": 41.0, "loss_scale": {"cur_scale": 65536.0, "cur_iter": 3}, "nothing": None}
     files = write(store, world=3, scalars=scalars)
     for rank in range(4):
-        _, found = store.read_tensors(1, chunk_files(files, "model/"), LAYOUT.owned(rank, 4))
+        _, found = store.read_tensors(1, chunk_files(files, "model/"), LAYOUT.owned(rank, 4)[0])
         assert found == scalars
 
 

@@ -53,7 +53,8 @@ def export_run(run_dir: Path, out: Path, round: int | None = None) -> ExportSumm
     words = job.tokenizer.build()
     built = build_model(job.model, words.vocab_size, job.seed)
     named = trainable(built)
-    manifest = Manifest.of(((name, tuple(p.shape)) for name, p in named.items()), record.chunk_size)
+    shapes = [(name, tuple(p.shape)) for name, p in named.items()]
+    manifest = Manifest.of(shapes, record.chunk_size, job.streaming.fragments)
     if manifest.digest != record.manifest_digest:
         raise ExportError(
             f"{store.url}: round {record.round} holds another model than the run's job file describes"

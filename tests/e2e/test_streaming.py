@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from tests.e2e.conftest import play
+from tests.e2e.test_equivalence import committed_model
 from tests.factory import job_of, raw_job, region
 from tests.training.workers import MemoryBlobs, start_worker
 from xcloud.aggregators import MeanConfig
+from xcloud.export import export_run
 from xcloud.messages import RoundPlan, RoundSum
 from xcloud.metrics import read_rounds
 from xcloud.parts import Bundle, PartReader, PartWriter
@@ -176,6 +179,18 @@ def test_overlap_through_actors_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert len(sizes) == 2  # one fragment a round
     landed = [row.regions["sharded"].landing_s for row in rows]
     assert landed[1] > 0  # the first round's merge landed in the second
+    exported = export_run(tmp_path / "whole", tmp_path / "exported")  # parameters in the order of fragments
+    committed = {
+        n: v for n, v in load_file(exported.out / "model.safetensors").items() if n != "lm_head.weight"
+    }
+    assert sum(v.numel() for v in committed.values()) == exported.parameters
+    flat = committed_model(tmp_path / "whole")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        value = committed[name].reshape(-1).numpy()
+        at = next(
+            i for i in range(flat.size - value.size + 1) if flat[i] == value[0] and flat[i + 1] == value[1]
+        )
+        assert np.array_equal(flat[at : at + value.size], value)
 
 
 def test_a_buffered_run_through_actors(tmp_path: Path) -> None:
