@@ -1,7 +1,7 @@
 """Time to a target loss with one region four times slower than the others: buffered merging against lock-step rounds.
 
-Three regions, real ranks. The slow one's rank is stopped and continued by signals, so that it computes for a quarter of
-the time; nothing in the system knows. First the lock-step run: every round waits for the slow region. The loss that it
+Three regions, real ranks. The slow one's rank is stopped and continued by signals, so that it trains about four
+times slower; nothing in the system knows. First the lock-step run: every round waits for the slow region. The loss that it
 ends with is the target. Then the buffered run, which merges as soon as two regions have answered, until it is there. Both
 start from the same weights, train on the same data with a constant learning rate, and are judged on the held-out text of
 all three regions. Time is wall time from the first round's start, evaluation after each merge included.
@@ -34,8 +34,9 @@ from xcloud.region import ClusterRegion
 __all__ = ["run"]
 
 SLOW = "westeurope"
-SLOWER = 4
-SLICE_S = 0.04
+DUTY = 0.2
+"""Share of the time in which the slow rank may run; the others lose some of theirs to each other."""
+SLICE_S = 0.2
 
 JOB = """
 name: async
@@ -90,10 +91,10 @@ def run(options: Options) -> Result:
             "target_loss": target,
             "slowdown_ratio": locked.slowdown,
         },
-        targets={"time_ratio": "<= 0.6"},
+        targets={"time_ratio": "<= 0.6", "slowdown_ratio": ">= 3.5"},
         rows=[locked.row("lock-step", rounds), buffered.row("buffered, goal 2", len(buffered.losses))],
         notes=[
-            f"one region's rank computes for 1/{SLOWER} of the time (SIGSTOP, SIGCONT)",
+            f"one region's rank may run for {DUTY:.0%} of the time (SIGSTOP, SIGCONT); slowdown_ratio is what came of it",
             f"target: the lock-step run's loss after {rounds} rounds of 30 inner steps",
         ],
     )
@@ -178,7 +179,7 @@ def play(options: Options, rounds: int, more: str, until: float | None = None) -
 
 
 class Brake(threading.Thread):
-    """Stops a process for three of every four slices of time."""
+    """Stops a process for most of the time, a slice after the other."""
 
     def __init__(self, find: Any) -> None:
         super().__init__(daemon=True)
@@ -189,9 +190,9 @@ class Brake(threading.Thread):
         try:
             while not self._done.is_set():
                 os.kill(pid, signal.SIGSTOP)
-                self._done.wait((SLOWER - 1) * SLICE_S)
+                self._done.wait((1 - DUTY) * SLICE_S)
                 os.kill(pid, signal.SIGCONT)
-                self._done.wait(SLICE_S)
+                self._done.wait(DUTY * SLICE_S)
         except ProcessLookupError:
             return  # it was ended with its region
 
