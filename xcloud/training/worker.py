@@ -37,12 +37,13 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from xcloud.checkpoint import CheckpointStore, ChunkFile, chunk_files
+from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
 from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
+from xcloud.training.chunks import OwnedChunks, to_numpy
 from xcloud.training.correction import COMMON, OWN, Correction
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
 from xcloud.training.models import build_model, trainable
@@ -101,21 +102,17 @@ class RankWorker:
             self.manifest = Manifest.of(shapes, spec.chunk_size, spec.streaming.fragments)
         except ValueError as error:
             raise ConfigError(f"streaming.fragments: {error}") from None
-        self.runs = self.manifest.owned(spec.rank, spec.world)
-        self.owned = tuple(chunk for run in self.runs for chunk in run)
-        lengths = [self.manifest.chunk_length(c) for c in self.owned]
-        starts = np.cumsum([0, *lengths]).tolist()
-        self._places = {c: slice(starts[i], starts[i + 1]) for i, c in enumerate(self.owned)}
+        self.chunks = OwnedChunks(self.manifest, spec.rank, spec.world, self.device)
         typical = (
             0.5 * spec.inner.optimizer.lr * max(1, spec.inner.steps) ** 0.5
         )  # Adam's steps are about lr long
         framing = Framing(spec.job, spec.seed, spec.members, spec.region, typical)
         codecs = spec.codec.build(), spec.downlink.build()
-        self.path = UpdatePath(*codecs, framing, self.manifest.layout, self.owned)
-        self.writer = PartWriter(self.blobs.put, lengths)
+        self.path = UpdatePath(*codecs, framing, self.manifest.layout, self.chunks.ids)
+        self.writer = PartWriter(self.blobs.put, self.chunks.lengths)
         self.outer = spec.outer.build()
-        self.anchor = self._empty_owned()
-        self._gather(lambda name: named[name].data.reshape(-1), self.anchor)
+        self.anchor = self.chunks.empty()
+        self.chunks.gather(lambda name: named[name].data.reshape(-1), self.anchor)
         self.outer_state = {slot: np.zeros_like(self.anchor) for slot in self.outer.slots}
         self.engine = build_engine(model, spec.engine, spec.inner, spec.world)
         self.parameters = open_parameters(self.engine, spec.engine.zero_stage)
@@ -124,7 +121,7 @@ class RankWorker:
         self.correction: Correction | None = None
         if spec.inner.correction is not None:
             self.correction = spec.inner.correction.build(self.parameters)
-        self._spread(self.anchor, self.parameters.write)
+        self.chunks.spread(self.anchor, self.parameters.write)
         self._digests = self._digested()
         return self.info()
 
@@ -137,7 +134,7 @@ class RankWorker:
             device=str(self.device),
             parameter_bytes=held,
             optimizer_state_bytes=optimizer_state_bytes(self.engine.basic_optimizer),
-            owned_chunks=len(self.owned),
+            owned_chunks=len(self.chunks.ids),
         )
 
     def describe(self) -> tuple[str, str, int, Manifest]:
@@ -208,15 +205,15 @@ class RankWorker:
         norm_squared = 0.0
         delta, chunks = self.anchor[:0], self._merged_in(plan)
         for index, spec in enumerate(self.manifest.parameters):
-            if not self._within(index, chunks):
+            if not self.chunks.within(index, chunks):
                 continue
-            local = _to_numpy(self.parameters.read(spec.name))
+            local = to_numpy(self.parameters.read(spec.name))
             for seg in self.manifest.segments[index]:
-                if seg.chunk not in self._places:
+                if seg.chunk not in self.chunks:
                     continue
                 if seg.chunk_start == 0:
                     delta = self.writer.slot(self.manifest.chunk_length(seg.chunk))
-                anchor = self._chunk(self.anchor, seg.chunk)
+                anchor = self.chunks.of(self.anchor, seg.chunk)
                 for start, stop in _blocks(seg.length):
                     at = slice(seg.chunk_start + start, seg.chunk_start + stop)
                     values = delta[at]
@@ -238,7 +235,7 @@ class RankWorker:
     def encode(self, plan: RoundPlan, merged: Bundle, share: float) -> Offer:
         """Encode this rank's own chunks of the mean of the region's pools (fp32)."""
         began, norm_squared, reader = time.perf_counter(), 0.0, PartReader(self.blobs.get, merged)
-        for chunk in self.owned:
+        for chunk in self.chunks.ids:
             if chunk not in self._merged_in(plan):
                 continue
             delta = self.writer.slot(self.manifest.chunk_length(chunk))
@@ -266,7 +263,7 @@ class RankWorker:
         landing = self._landing(total.round)
         try:
             reader = PartReader(self.blobs.get, merged)
-            mine = [chunk for chunk in self.owned if chunk in total.chunks]
+            mine = [chunk for chunk in self.chunks.ids if chunk in total.chunks]
             ready = {chunk: self.path.decode(chunk, reader.read(chunk), total) for chunk in mine}
         except BaseException as error:
             landing.arrived.set_exception(error)  # the round waits for it
@@ -303,17 +300,17 @@ class RankWorker:
         if self.correction is not None and self.spec.region in total.regions:
             self.correction.settle(total_lr)
         for index, spec in enumerate(self.manifest.parameters):  # elementwise, so any cut gives the same bits
-            if not self._within(index, total.chunks):
+            if not self.chunks.within(index, total.chunks):
                 continue
             for seg in self.manifest.segments[index]:
-                if seg.chunk not in self._places:
+                if seg.chunk not in self.chunks:
                     continue
-                anchor = self._chunk(self.anchor, seg.chunk)
+                anchor = self.chunks.of(self.anchor, seg.chunk)
                 if seg.chunk_start == 0:
                     merged = gradient(seg.chunk)
                     if control is not None:
-                        np.divide(merged, np.float32(total_lr), out=self._chunk(control, seg.chunk))
-                slots = {slot: self._chunk(values, seg.chunk) for slot, values in self.outer_state.items()}
+                        np.divide(merged, np.float32(total_lr), out=self.chunks.of(control, seg.chunk))
+                slots = {slot: self.chunks.of(values, seg.chunk) for slot, values in self.outer_state.items()}
                 for start, stop in _blocks(seg.length):
                     at = slice(seg.chunk_start + start, seg.chunk_start + stop)
                     self.outer.step(
@@ -326,9 +323,9 @@ class RankWorker:
             if alone:  # while the parameter is still in cache
                 write(spec.name, torch.from_numpy(self.anchor[spec.offset : spec.offset + spec.size]))
         if not alone:
-            self._spread(self.anchor, write, total.chunks)
+            self.chunks.spread(self.anchor, write, total.chunks)
         if control is not None:
-            self._spread(control, partial(self.parameters.write, key=COMMON))
+            self.chunks.spread(control, partial(self.parameters.write, key=COMMON))
         if self.spec.region in total.regions:
             self.path.settle()
         elif not total.regions:
@@ -346,13 +343,13 @@ class RankWorker:
         """Like `evaluate`, of the anchor, where the local model is another one."""
         if not self.spec.streaming.keeps_local:
             return self.evaluate()
-        local = self._empty_owned()
-        self._gather(self.parameters.read, local)
-        self._spread(self.anchor, self.parameters.write)
+        local = self.chunks.empty()
+        self.chunks.gather(self.parameters.read, local)
+        self.chunks.spread(self.anchor, self.parameters.write)
         try:
             return self.evaluate()
         finally:
-            self._spread(local, self.parameters.write)
+            self.chunks.spread(local, self.parameters.write)
 
     def digests(self) -> dict[int, str]:
         """Digest of each owned anchor chunk (xxh3-128 over its fp32 bytes)."""
@@ -360,13 +357,13 @@ class RankWorker:
         return dict(self._digests)
 
     def _digested(self) -> dict[int, str]:
-        return {c: xxhash.xxh3_128_hexdigest(self._chunk(self.anchor, c)) for c in self.owned}
+        return {c: xxhash.xxh3_128_hexdigest(self.chunks.of(self.anchor, c)) for c in self.chunks.ids}
 
     def discard(self) -> None:
         """Give up the update that was offered; local training too, unless local models go their own way."""
         self.path.forget()
         if not self.spec.streaming.keeps_local:
-            self._spread(self.anchor, self.parameters.write)
+            self.chunks.spread(self.anchor, self.parameters.write)
 
     def evaluate(self) -> tuple[float, int]:
         """Sum of token losses and number of predicted tokens over this rank's share of held-out text."""
@@ -396,23 +393,23 @@ class RankWorker:
         written: list[CheckpointFile] = []
         controls = self.correction is not None and self.correction.controls
         if donor:
-            model = self._by_chunk({"anchor": self.anchor, **self.outer_state})
+            model = self.chunks.by_id({"anchor": self.anchor, **self.outer_state})
             if controls:
-                model |= self._by_chunk({COMMON: self._kept(COMMON)})
+                model |= self.chunks.by_id({COMMON: self._kept(COMMON)})
             if self.path.scales:
                 model["scale"] = self.path.scales
-            written += self._write(store, round, "model/", model, {})
+            written += self.chunks.write(store, round, "model/", model, {})
         keys, scalars = self._inner_layout()
         scalars["loss_scale"] = self._loss_scale()
-        tensors = self._by_chunk({key: self._kept(key) for key in ([*keys, OWN] if controls else keys)})
+        tensors = self.chunks.by_id({key: self._kept(key) for key in ([*keys, OWN] if controls else keys)})
         if self.path.residual:
             tensors["residual"] = self.path.residual
         if self.spec.streaming.keeps_local:
-            local = self._empty_owned()
-            self._gather(self.parameters.read, local)
-            tensors |= self._by_chunk({"local": local})
+            local = self.chunks.empty()
+            self.chunks.gather(self.parameters.read, local)
+            tensors |= self.chunks.by_id({"local": local})
         if tensors or scalars["loss_scale"]:
-            written += self._write(store, round, self._inner_prefix(), tensors, scalars)
+            written += self.chunks.write(store, round, self._inner_prefix(), tensors, scalars)
         return written
 
     def restore(self, url: str, order: RestoreOrder) -> None:
@@ -422,18 +419,18 @@ class RankWorker:
             CheckpointError: the checkpoint does not hold what this job needs.
         """
         store = CheckpointStore(url)
-        model, _ = self._read(store, order.round, chunk_files(order.files, "model/"))
+        model, _ = self.chunks.read(store, order.round, chunk_files(order.files, "model/"))
         self.path.scales, common = model.pop("scale", {}), model.pop(COMMON, {})
-        if self.owned and set(model) != {"anchor", *self.outer_state}:
+        if self.chunks.ids and set(model) != {"anchor", *self.outer_state}:
             raise CheckpointError(
                 f"{store.folder(order.round)}: holds outer state {sorted(set(model) - {'anchor'})}, "
                 f"this job's outer optimizer keeps {sorted(self.outer_state)}"
             )
         for name, values in {"anchor": self.anchor, **self.outer_state}.items():
-            self._fill(values, model.get(name, {}))
-        self._spread(self.anchor, self.parameters.write)
+            self.chunks.fill(values, model.get(name, {}))
+        self.chunks.spread(self.anchor, self.parameters.write)
         files = chunk_files(order.files, self._inner_prefix())
-        inner, scalars = self._read(store, order.round, files)
+        inner, scalars = self.chunks.read(store, order.round, files)
         local = inner.pop("local", {})
         self.path.restore(inner.pop("residual", {}))
         own = inner.pop(OWN, {})
@@ -449,31 +446,10 @@ class RankWorker:
         for name in names:
             self._keep(name, inner.get(name, {}))
         if self.spec.streaming.keeps_local and order.inner_round == order.round:
-            values = self._empty_owned()
-            self._fill(values, local)
-            self._spread(values, self.parameters.write)
+            values = self.chunks.empty()
+            self.chunks.fill(values, local)
+            self.chunks.spread(values, self.parameters.write)
         self._landings.clear()
-
-    def _write(
-        self, store: CheckpointStore, round: int, prefix: str, tensors: Any, scalars: dict[str, Any]
-    ) -> list[CheckpointFile]:
-        """Write the owned chunks, a run of consecutive ones at a time."""
-        return [
-            file for run in self.runs for file in store.write_tensors(round, prefix, run, tensors, scalars)
-        ]
-
-    def _read(
-        self, store: CheckpointStore, round: int, files: Sequence[ChunkFile]
-    ) -> tuple[dict[str, dict[int, Array]], dict[str, Any]]:
-        """Read the owned chunks."""
-        tensors: dict[str, dict[int, Array]] = {}
-        scalars: dict[str, Any] = {}
-        for run in self.runs:
-            found, told = store.read_tensors(round, files, run)
-            for name, parts in found.items():
-                tensors.setdefault(name, {}).update(parts)
-            scalars |= told
-        return tensors, scalars
 
     # -- chunks and parameters ------------------------------------------------------------
 
@@ -481,77 +457,21 @@ class RankWorker:
         """Chunk ids of the fragment that a round merges."""
         return range(*plan.chunks) if plan.chunks else range(self.manifest.chunk_count)
 
-    def _within(self, parameter: int, chunks: range) -> bool:
-        """Whether a parameter lies in these chunks, which are whole fragments."""
-        segments = self.manifest.segments[parameter]
-        return bool(segments) and segments[0].chunk in chunks
-
-    def _empty_owned(self) -> Array:
-        return np.zeros(sum(self.manifest.chunk_length(c) for c in self.owned), np.float32)
-
-    def _chunk(self, owned: Array, chunk: int) -> Array:
-        """View of one chunk in a vector over the owned chunks."""
-        return owned[self._places[chunk]]
-
-    def _by_chunk(self, flats: dict[str, Array]) -> dict[str, dict[int, Array]]:
-        return {name: {c: self._chunk(flat, c) for c in self.owned} for name, flat in flats.items()}
-
-    def _fill(self, owned: Array, parts: dict[int, Array]) -> None:
-        for chunk, values in parts.items():
-            self._chunk(owned, chunk)[:] = values
-
     def _kept(self, key: str) -> Array:
         """The owned chunks of values kept beside the masters; collective."""
-        owned = self._empty_owned()
-        self._gather(partial(self.parameters.read, key=key), owned)
+        owned = self.chunks.empty()
+        self.chunks.gather(partial(self.parameters.read, key=key), owned)
         return owned
 
     def _keep(self, key: str, parts: dict[int, Array]) -> None:
         """Set values kept beside the masters; a chunk that is not there is zero; collective."""
-        owned = self._empty_owned()
-        self._fill(owned, parts)
-        self._spread(owned, partial(self.parameters.write, key=key))
+        owned = self.chunks.empty()
+        self.chunks.fill(owned, parts)
+        self.chunks.spread(owned, partial(self.parameters.write, key=key))
 
     def _new_control(self) -> Array | None:
         """Room for the round's common control variate, where there is one."""
-        return self._empty_owned() if self.correction is not None and self.correction.controls else None
-
-    def _gather(self, read: Callable[[str], torch.Tensor], owned: Array) -> None:
-        """Copy the owned chunks out of full parameters, one parameter at a time."""
-        for index, spec in enumerate(self.manifest.parameters):
-            full = _to_numpy(read(spec.name))
-            for seg in self.manifest.segments[index]:
-                if seg.chunk in self._places:
-                    target = self._chunk(owned, seg.chunk)[seg.chunk_start : seg.chunk_start + seg.length]
-                    target[:] = full[seg.parameter_start : seg.parameter_start + seg.length]
-
-    def _spread(
-        self, owned: Array, write: Callable[[str, torch.Tensor], None], chunks: range | None = None
-    ) -> None:
-        """Hand every full parameter (of a fragment) to `write`, its parts broadcast by the ranks that own them."""
-        world = self.spec.world
-        within = [
-            (spec, self.manifest.segments[index])
-            for index, spec in enumerate(self.manifest.parameters)
-            if chunks is None or self._within(index, chunks)
-        ]
-        if world == 1:
-            flat = torch.from_numpy(owned)
-            for spec, _ in within:
-                write(spec.name, flat[spec.offset : spec.offset + spec.size])
-            return
-        owners = {c: r for r in range(world) for run in self.manifest.owned(r, world) for c in run}
-        for spec, segments in within:
-            full = torch.empty(spec.size, dtype=torch.float32, device=self.device)
-            for seg in segments:
-                if owners[seg.chunk] == self.spec.rank:
-                    own = self._chunk(owned, seg.chunk)[seg.chunk_start : seg.chunk_start + seg.length]
-                    full[seg.parameter_start : seg.parameter_start + seg.length] = torch.from_numpy(own)
-            for rank in sorted({owners[seg.chunk] for seg in segments}):
-                parts = [seg for seg in segments if owners[seg.chunk] == rank]
-                start, stop = parts[0].parameter_start, parts[-1].parameter_start + parts[-1].length
-                dist.broadcast(full[start:stop], src=rank)
-            write(spec.name, full)
+        return self.chunks.empty() if self.correction is not None and self.correction.controls else None
 
     def _checked_norm_squared(self, values: Array, name: str) -> float:
         """Squared norm of a piece of the update; refuses NaN and Inf by the parameter's name."""
@@ -649,11 +569,6 @@ class RankWorker:
 
     def _batch(self, split: PackedSplit, indices: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(split.read(indices)).to(self.device)
-
-
-def _to_numpy(tensor: torch.Tensor) -> Array:
-    values: Array = tensor.detach().to("cpu", torch.float32).numpy()
-    return values
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
