@@ -29,6 +29,7 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
     return raw_job(folder, regions, **changes)
 
 
+@pytest.mark.slow
 def test_codecs_that_add_resume_bit_for_bit(tmp_path: Path) -> None:
     """Residuals (private, sharded) and scales (public) are in the checkpoint: 2 + 1 rounds equal 3."""
     raw = job(tmp_path, codec={"type": "fixed", "bits": 2})

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import play
 from tests.factory import raw_job, region
 from xcloud.metrics import read_rounds
 
 
+@pytest.mark.slow
 def test_less_crosses_between_clouds_and_the_model_is_the_same(tmp_path: Path) -> None:
     """Encodings that add give the flat round's bits, so the runs end with one digest."""
     places = [("a", "aws"), ("b", "aws"), ("c", "gcp")]

@@ -28,6 +28,7 @@ def raw_of(folder: Path, kind: str, pools: list[dict[str, Any]]) -> dict[str, An
     return raw_job(folder, regions, rounds=ROUNDS, inner=INNER[kind] | {"steps": STEPS}, outer=outer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["muon", "scaffold"])
 def test_several_ranks_are_one_rank_across_a_resume(tmp_path: Path, kind: str) -> None:
     """Two ranks under ZeRO 2 and 3, stopped after a round, against one each under ZeRO 0, without actors."""
