@@ -143,7 +143,6 @@ RECIPES = [
     recipe("diloco", 32),
     recipe("diloco, e3m0", 32, "codec: e3m0\ndownlink: {type: block, bits: 4}"),
     recipe("diloco, 4-bit sum", 40, "codec: {type: fixed, bits: 4}"),
-    recipe("diloco, lowrank", 32, "codec: {type: lowrank, rank: 4}"),
     recipe(
         "sparseloco",
         40,
