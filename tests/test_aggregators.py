@@ -277,3 +277,10 @@ def test_fednova_makes_steps_count_alike() -> None:
     pool = fast.pools[0].model_copy(update={"steps": 3})
     weights = aggregator("fednova").weights([slow, fast.model_copy(update={"pools": (pool,)})])
     assert weights == pytest.approx([0.5 * 2 / 1, 0.5 * 2 / 3])
+
+
+def test_an_update_that_vanishes_has_no_direction() -> None:
+    """`rda` would stretch it by more than fp32 holds."""
+    values = [np.array([16.0], np.float32), np.array([1e-38], np.float32)]
+    weights = aggregator("rda").weights([report("a", 1), report("b", 1)], gram_of(values))
+    assert weights == [0.5, 0.5]

@@ -35,6 +35,9 @@ threads then spend their time handing Python's lock to each other (twice as slow
 COORDINATES = 1 << 13
 """Coordinates sorted at a time: a few hundred KiB for ten regions."""
 
+VANISHING = 1e-9
+"""An update shorter than this share of the longest is rounding error, and has no direction."""
+
 DEGENERATE = 1e-3
 """A mean of unit directions shorter than this says nothing of a direction."""
 
@@ -210,7 +213,7 @@ def _radial(reports: Sequence[RegionReport], gram: Gram | None) -> list[float]:
     """Length and direction averaged apart; the plain mean where the directions cancel."""
     assert gram is not None
     shares, norms = _tokens(reports), np.sqrt(np.maximum(np.diag(gram), 0.0))
-    if len(reports) == 1 or not (norms > 0).all():
+    if len(reports) == 1 or not norms.min() > VANISHING * norms.max():
         return shares
     turned = np.array(shares) / norms
     length = math.sqrt(max(0.0, float(turned @ gram @ turned)))
