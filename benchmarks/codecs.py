@@ -37,6 +37,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"type": "random_k", "bits": 4},
     {"type": "lowrank"},
 ]
+SUMMARY = ("codec", "encode_mb_per_s", "decode_mb_per_s")
 
 
 def run(options: Options) -> Result:
@@ -58,6 +59,7 @@ def run(options: Options) -> Result:
     return Result(
         metrics={
             "memcpy_mb_per_s": statistics.median(copies),
+            "rows": [{key: row[key] for key in SUMMARY} for row in rows],
             "fixed8_encode_mb_per_s": named["fixed 8"]["encode_mb_per_s"],
             "fixed8_decode_mb_per_s": named["fixed 8"]["decode_mb_per_s"],
             "topk_encode_mb_per_s": named["topk"]["encode_mb_per_s"],
