@@ -19,6 +19,7 @@ __all__ = [
     "PlacementError",
     "QuorumError",
     "RegionError",
+    "SecurityError",
     "XCloudError",
 ]
 
@@ -73,6 +74,10 @@ class MessageError(XCloudError, ValueError):
 
 class CheckpointError(XCloudError):
     """A checkpoint is missing, damaged or belongs to another job."""
+
+
+class SecurityError(XCloudError):
+    """A signature, a sealed message, a key file or a step of the protocol is not what it must be; nothing was revealed."""
 
 
 class ExportError(XCloudError):
