@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,23 +49,29 @@ class Remembered:
     """A memory that outlives its member, as the journal's file does."""
 
     def __init__(self) -> None:
-        self.last: dict[str, tuple[int, int]] = {}
+        self.last: dict[str, tuple[int, int, int]] = {}
         self.survivors: dict[bytes, bytes] = {}
-        self.unmasked: dict[tuple[str, int], bytes] = {}
+        self.unmasked: dict[tuple[str, int], tuple[str, ...]] = {}
+        self.given: set[bytes] = set()
 
-    def accept(self, job: str, round: int, attempt: int) -> None:
-        if (round, attempt) <= self.last.get(job, (0, 0)):
+    def accept(self, job: str, start: int, round: int, attempt: int) -> None:
+        if (start, round, attempt) <= self.last.get(job, (0, 0, 0)):
             raise SecurityError(f"round {round}, attempt {attempt} of {job!r} was taken up before")
-        self.last[job] = round, attempt
+        self.last[job] = start, round, attempt
+
+    def last_start(self, job: str) -> int:
+        return self.last.get(job, (0, 0, 0))[0]
 
     def agree(self, plan: bytes, survivors: bytes) -> None:
         if self.survivors.setdefault(plan, survivors) != survivors:
             raise SecurityError("it has signed other survivors for this plan")
 
-    def unmask(self, job: str, round: int, plan: bytes) -> None:
-        if (job, round) in self.unmasked:
+    def unmask(self, job: str, round: int, plan: bytes, names: Sequence[str]) -> None:
+        if plan in self.given:
             raise SecurityError(f"it has given its shares for round {round} of {job!r} already")
-        self.unmasked[job, round] = plan
+        if self.unmasked.setdefault((job, round), tuple(names)) != tuple(names):
+            raise SecurityError(f"it has given its shares for round {round} of {job!r} to other survivors")
+        self.given.add(plan)
 
 
 @dataclass

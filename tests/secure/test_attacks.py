@@ -336,8 +336,15 @@ def test_shares_are_given_once_even_after_a_restart() -> None:
     assert agreed is not None
     with pytest.raises(SecurityError, match="has given its shares for round 1"):
         cohort.syncs["r00"].unmask(agreed, quorums[0])
-    with pytest.raises(SecurityError, match="has given its shares for round 1"):  # a retry of an opened round
-        cohort.run(signed=cohort.signed(cohort.plan(attempt=2)))
+
+
+def test_a_round_is_not_opened_for_two_sets_of_survivors() -> None:
+    """The difference of the two sums would be one region's update."""
+    cohort = ready(5)
+    with pytest.raises(SecurityError, match="round 1 of 'three-clouds' to other survivors"):
+        cohort.run({"upload": ["r02"]}, signed=cohort.signed(cohort.plan(attempt=2)))
+    totals, _ = cohort.run(signed=cohort.signed(cohort.plan(start=2)))  # played again from a checkpoint
+    assert all(np.array_equal(a, b) for a, b in zip(totals, cohort.exact(cohort.names), strict=True))
 
 
 def test_a_region_listed_dead_and_alive_is_refused() -> None:

@@ -94,16 +94,21 @@ class Memory(Protocol):
         SecurityError: it contradicts what was remembered before.
     """
 
-    def accept(self, job: str, round: int, attempt: int) -> None:
-        """A plan is taken up: none before it, and not this one again."""
+    def accept(self, job: str, start: int, round: int, attempt: int) -> None:
+        """A plan is taken up: none before it in (start, round, attempt), and not this one again."""
+        ...
+
+    def last_start(self, job: str) -> int:
+        """The latest start of a job of which a plan was taken up; 0: none."""
         ...
 
     def agree(self, plan: bytes, survivors: bytes) -> None:
         """These are the survivors that it signs for; no others for the same plan."""
         ...
 
-    def unmask(self, job: str, round: int, plan: bytes) -> None:
-        """It gives its shares away; for one plan in each round of a job, once."""
+    def unmask(self, job: str, round: int, plan: bytes, names: Sequence[str]) -> None:
+        """It gives its shares away: once for a plan, and for one set of survivors in each round of a job, even if the
+        round is played again from a checkpoint. The difference of two sums over other sets would be somebody's update."""
         ...
 
 
@@ -154,7 +159,7 @@ class Member:
         if plan.minimum > len(plan.cohort):
             raise SecurityError(f"{who}: it asks for {plan.minimum} survivors of {len(plan.cohort)} regions")
         self._check(plan)
-        self.memory.accept(plan.job, plan.round, plan.attempt)
+        self.memory.accept(plan.job, plan.start, plan.round, plan.attempt)
         return Sync(self, plan, signed.hash)
 
 
@@ -323,7 +328,7 @@ class Sync:
         if survivors != self._agreed:
             raise SecurityError(f"{self.name!r} did not sign these survivors")
         self._count(quorum, survivors.names, AGREE, *self._context(), survivors.packed())
-        self._me.memory.unmask(self.plan.job, self.plan.round, self.hash)
+        self._me.memory.unmask(self.plan.job, self.plan.round, self.hash, survivors.names)
         alive = set(survivors.names)
         return Unmasking(
             name=self.name,

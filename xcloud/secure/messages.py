@@ -17,10 +17,15 @@ from xcloud.secure.shamir import SHARE_BYTES
 __all__ = [
     "PLAN",
     "Advert",
+    "Adverts",
+    "Delivered",
     "Name",
+    "Opening",
+    "Proof",
     "Quorum",
     "Result",
     "SealedShares",
+    "SecureMessage",
     "SignedPlan",
     "Survivors",
     "SyncPlan",
@@ -56,7 +61,7 @@ class SyncPlan(SecureMessage):
     """What one sync is, signed by the driver: everything after it is bound to the hash of its bytes.
 
     Attributes:
-        job: its name; `round`, `attempt`: which sync of it.
+        job: its name; `start`, `round`, `attempt`: which sync of it. A run that goes on from a checkpoint has a later start.
         roster: hash of the roster that all hold pinned.
         cohort: regions asked to take part, in the roster's order, each once.
         threshold: regions without which nothing is opened (t).
@@ -69,6 +74,7 @@ class SyncPlan(SecureMessage):
     """
 
     job: Name
+    start: Annotated[int, Field(ge=1, lt=1 << 63)] = 1
     round: Annotated[int, Field(ge=1, lt=1 << 63)]
     attempt: Annotated[int, Field(ge=1, lt=1 << 63)]
     roster: Hex
@@ -130,6 +136,18 @@ class SealedShares(SecureMessage):
     sealed: Annotated[dict[Name, Sealed], Field(max_length=4096)]
 
 
+class Adverts(SecureMessage):
+    """U1, as the server passes it on."""
+
+    adverts: Annotated[tuple[Advert, ...], Field(max_length=4096)]
+
+
+class Delivered(SecureMessage):
+    """U2, with what was sealed for the one who gets it."""
+
+    shares: Annotated[tuple[SealedShares, ...], Field(max_length=4096)]
+
+
 class Upload(SecureMessage):
     """What a region has masked and sent.
 
@@ -173,6 +191,13 @@ class Quorum(SecureMessage):
     signatures: Annotated[dict[Name, Signature], Field(max_length=4096)]
 
 
+class Opening(SecureMessage):
+    """What a survivor needs before it gives its shares."""
+
+    survivors: Survivors
+    quorum: Quorum
+
+
 class Unmasking(SecureMessage):
     """A region's shares that open the sum: of a survivor's own mask, or of a dropped region's pair masks; never both."""
 
@@ -200,3 +225,10 @@ class Result(SecureMessage):
         """What is signed."""
         lanes = b"".join(value.to_bytes(8, "big") for value in (self.weight, *self.tags))
         return packed(list(self.names), b"".join(self.hashes), len(self.hashes), lanes)
+
+
+class Proof(SecureMessage):
+    """The sum, and enough signatures on it."""
+
+    result: Result
+    quorum: Quorum
