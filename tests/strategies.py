@@ -17,6 +17,7 @@ from xcloud.messages import PoolReport, RegionReport
 
 __all__ = [
     "chunk_sizes",
+    "damaged",
     "manifests",
     "packed_fields",
     "pieces",
@@ -81,6 +82,16 @@ def packed_fields() -> st.SearchStrategy[list[Any]]:
     """What `secure.primitives.packed` takes: integers, text, bytes, and lists of them."""
     leaf = st.integers(0, 2**64 - 1) | st.text(max_size=4) | st.binary(max_size=4)
     return st.lists(st.recursive(leaf, lambda inner: st.lists(inner, max_size=3), max_leaves=6), max_size=4)
+
+
+@st.composite
+def damaged(draw: Any, data: bytes) -> bytes:
+    """A well-formed file with a few bytes changed, put in, left out, or cut off."""
+    out = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.integers(0, len(out)))
+        out[place : place + draw(st.integers(0, 2))] = draw(st.binary(max_size=2))
+    return bytes(out[: draw(st.integers(0, len(out)))] if draw(st.booleans()) else out)
 
 
 def report(
