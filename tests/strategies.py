@@ -15,7 +15,18 @@ from hypothesis.extra import numpy as hnp
 from xcloud.manifest import Manifest
 from xcloud.messages import PoolReport, RegionReport
 
-__all__ = ["chunk_sizes", "manifests", "pieces", "quick", "reports", "shapes", "updates", "vectors"]
+__all__ = [
+    "chunk_sizes",
+    "damaged",
+    "manifests",
+    "packed_fields",
+    "pieces",
+    "quick",
+    "reports",
+    "shapes",
+    "updates",
+    "vectors",
+]
 
 Array = npt.NDArray[np.float32]
 
@@ -65,6 +76,22 @@ def pieces(draw: Any, size: int) -> list[slice]:
     cuts = sorted(draw(st.sets(st.integers(1, max(1, size - 1)), max_size=4))) if size > 1 else []
     edges = [0, *cuts, size]
     return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def packed_fields() -> st.SearchStrategy[list[Any]]:
+    """What `secure.primitives.packed` takes: integers, text, bytes, and lists of them."""
+    leaf = st.integers(0, 2**64 - 1) | st.text(max_size=4) | st.binary(max_size=4)
+    return st.lists(st.recursive(leaf, lambda inner: st.lists(inner, max_size=3), max_leaves=6), max_size=4)
+
+
+@st.composite
+def damaged(draw: Any, data: bytes) -> bytes:
+    """A well-formed file with a few bytes changed, put in, left out, or cut off."""
+    out = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.integers(0, len(out)))
+        out[place : place + draw(st.integers(0, 2))] = draw(st.binary(max_size=2))
+    return bytes(out[: draw(st.integers(0, len(out)))] if draw(st.booleans()) else out)
 
 
 def report(

@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from xcloud import __version__
 from xcloud.errors import ConfigError, XCloudError
+from xcloud.keys_cli import keys
 from xcloud.messages import Progress
 from xcloud.metrics import Event, RoundRow, RunLog, holds_run, read_rounds, to_plain
 from xcloud.quiet import apply_quiet
@@ -72,6 +73,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(keys, name="keys")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under runs/.")]

@@ -13,13 +13,20 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "ExportError",
+    "ForeignKeyError",
+    "JournalError",
+    "KeyFileError",
     "MessageError",
     "ModelError",
     "NonFiniteUpdateError",
     "PlacementError",
+    "PolicyError",
     "QuorumError",
     "RegionError",
+    "ReplayError",
     "SecurityError",
+    "TamperError",
+    "TruncatedError",
     "XCloudError",
 ]
 
@@ -78,6 +85,34 @@ class CheckpointError(XCloudError):
 
 class SecurityError(XCloudError):
     """A signature, a sealed message, a key file or a step of the protocol is not what it must be; nothing was revealed."""
+
+
+class KeyFileError(SecurityError):
+    """A key, a public key or a roster in a file is missing, damaged, open to others, or would be overwritten."""
+
+
+class PolicyError(SecurityError):
+    """A region's own policy forbids what a plan asks for, or its file is wrong."""
+
+
+class JournalError(SecurityError):
+    """What a region must remember cannot be read, kept, or is in use by another process."""
+
+
+class ForeignKeyError(SecurityError):
+    """Signed by, or sealed for, somebody else than the roster or the plan says."""
+
+
+class TamperError(SecurityError):
+    """What has arrived is not what its sender has signed."""
+
+
+class TruncatedError(SecurityError):
+    """Part of what its sender has signed is missing."""
+
+
+class ReplayError(SecurityError):
+    """Made for another job, round or attempt, or presented a second time."""
 
 
 class ExportError(XCloudError):

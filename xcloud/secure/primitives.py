@@ -156,10 +156,11 @@ class Keystream:
             stream(out[start : start + PIECE])
 
     def of(self, chunk: int) -> Any:
-        """A function that fills one uint8 array after the other with the stream of `chunk`."""
+        """A function that fills one uint8 array after the other, of up to `PIECE` bytes each, with the stream of `chunk`."""
         encryptor = Cipher(self._key, modes.CTR(chunk.to_bytes(8, "big") + bytes(8))).encryptor()
 
         def piece(out: npt.NDArray[np.uint8]) -> None:
+            assert out.size <= PIECE, "the rest would stay as it was, and be sent as a mask"
             encryptor.update_into(_ZEROS[: out.size], memoryview(out))
 
         return piece
