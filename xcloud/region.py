@@ -335,7 +335,8 @@ class Region:
 
     def _remask(self, plan: RoundPlan, pending: Pending) -> None:
         """The same update under the keys of the sync in which the round is tried again."""
-        assert self.guard is not None and pending.masker is not None
+        assert self.guard is not None
+        assert pending.masker is not None
         masker = self.guard.masker(plan.round)
         if masker == pending.masker:
             return

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xcloud.errors import SecurityError
+from xcloud.errors import JournalError, ReplayError
 
 __all__ = ["Journal"]
 
@@ -30,7 +30,7 @@ class Journal:
         path: of the file, made with mode 0600 if it is not there.
 
     Raises:
-        SecurityError: another process has it open, others may read it, or it is damaged; names the file.
+        JournalError: another process has it open, others may read it, or it is damaged; names the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class Journal:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise SecurityError(f"{path}: cannot be opened: {error.strerror}") from None
+            raise JournalError(f"{path}: cannot be opened: {error.strerror}") from None
         try:
             self._take()
         except BaseException:
@@ -61,11 +61,11 @@ class Journal:
         """A plan is taken up: none before it in (start, round, attempt), and not this one again.
 
         Raises:
-            SecurityError: it is one of these.
+            ReplayError: it is one of these.
         """
         last = self._last.get(job, (0, 0, 0))
         if (start, round, attempt) <= last:
-            raise SecurityError(
+            raise ReplayError(
                 f"round {round}, attempt {attempt} of start {start} of job {job!r} was taken up before, or comes before "
                 f"round {last[1]}, attempt {last[2]} of start {last[0]} ({self.path}); a plan is not replayed"
             )
@@ -75,12 +75,12 @@ class Journal:
         """These are the survivors that it signs for; no others for the same plan.
 
         Raises:
-            SecurityError: it has signed others.
+            ReplayError: it has signed others.
         """
         chosen = hashlib.sha256(survivors).hexdigest()
         before = self._agreed.get(plan.hex())
         if before not in (None, chosen):
-            raise SecurityError(f"it has signed other survivors for this plan before ({self.path})")
+            raise ReplayError(f"it has signed other survivors for this plan before ({self.path})")
         if before is None:
             self._write(kind="agree", plan=plan.hex(), survivors=chosen)
 
@@ -88,14 +88,14 @@ class Journal:
         """It gives its shares away: once for a plan, and for one set of survivors in each round of a job.
 
         Raises:
-            SecurityError: it has done so before.
+            ReplayError: it has done so before.
         """
         if plan.hex() in self._given:
-            raise SecurityError(f"it has given its shares for round {round} of {job!r} already ({self.path})")
+            raise ReplayError(f"it has given its shares for round {round} of {job!r} already ({self.path})")
         before = self._opened.get((job, round))
-        if before not in (None, list(names)):
-            raise SecurityError(
-                f"it has given its shares for round {round} of {job!r} to other survivors ({', '.join(before or ())}); "
+        if before is not None and before != list(names):
+            raise ReplayError(
+                f"it has given its shares for round {round} of {job!r} to other survivors ({', '.join(before)}); "
                 f"the difference of the two sums would be somebody's update ({self.path})"
             )
         self._write(kind="unmask", job=job, round=round, plan=plan.hex(), names=list(names))
@@ -106,12 +106,12 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SecurityError(
+            raise JournalError(
                 f"{self.path}: another process of this region has it open; end that first"
             ) from None
         mode = stat.S_IMODE(os.fstat(self._file).st_mode)
         if mode & 0o077:
-            raise SecurityError(
+            raise JournalError(
                 f"{self.path}: others may read or write it (mode {mode:04o}); chmod 600 {self.path}"
             )
         text = b""
@@ -123,7 +123,7 @@ class Journal:
             try:
                 self._remember(json.loads(line))
             except (ValueError, TypeError, KeyError) as error:
-                raise SecurityError(f"{self.path}: line {number} is damaged: {error}") from None
+                raise JournalError(f"{self.path}: line {number} is damaged: {error}") from None
         if torn:
             os.ftruncate(self._file, len(text) - len(torn))
             os.fsync(self._file)
@@ -137,7 +137,7 @@ class Journal:
         self._remember({"version": VERSION, **entry})
 
     def _remember(self, entry: dict[str, Any]) -> None:
-        if not isinstance(entry, dict) or entry["version"] != VERSION:
+        if entry["version"] != VERSION:
             raise ValueError(f"expected an entry of version {VERSION}")
         kind = entry["kind"]
         if kind == "accept":

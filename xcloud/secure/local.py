@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from xcloud.errors import KeyFileError
+from xcloud.errors import KeyFileError, PolicyError
 from xcloud.secure.guard import Guard
 from xcloud.secure.identity import Identity, Roster
 from xcloud.secure.identity import Member as Entry
@@ -13,7 +13,6 @@ from xcloud.secure.journal import Journal
 from xcloud.secure.keyring import Keyring, default_folder
 from xcloud.secure.member import Member
 from xcloud.secure.messages import SyncPlan
-from xcloud.secure.policy import Policy
 from xcloud.secure.settings import SecureConfig
 
 __all__ = ["DRIVER", "make_keys", "open_driver", "open_guard"]
@@ -47,7 +46,7 @@ def open_driver(config: SecureConfig) -> tuple[Identity, Roster]:
 
 
 def open_guard(config: SecureConfig, name: str, share: float, check: Callable[[SyncPlan], None]) -> Guard:
-    """A region's door; what it must not forget is in `NAME.journal`, what it allows in `NAME.policy.yaml`, if that is there.
+    """A region's door; what it must not forget is in `NAME.journal`, what it allows is what the job says.
 
     Args:
         config: of the job.
@@ -60,20 +59,31 @@ def open_guard(config: SecureConfig, name: str, share: float, check: Callable[[S
     """
     folder = _folder(config)
     identity, roster = Keyring(folder).load(name), _roster(folder)
-    path = folder / f"{name}.policy.yaml"
-    policy = (
-        Policy.load(path) if path.exists() else Policy(colluders=config.colluders, allow_two=config.allow_two)
-    )
 
     def allowed(plan: SyncPlan) -> None:
         if plan.roster != roster.hash.hex():
             raise KeyFileError(
                 f"{folder / ROSTER}: its hash is {roster.hash.hex()[:12]}, the plan is for roster {plan.roster[:12]}"
             )
-        policy.check(plan)
+        _check(config, plan)
         check(plan)
 
     return Guard(Member(identity, roster, Journal(folder / f"{name}.journal"), allowed), share)
+
+
+def _check(config: SecureConfig, plan: SyncPlan) -> None:
+    """Refuse a plan that asks for less than the job promises."""
+    needed = config.threshold(len(plan.cohort))
+    if plan.threshold < needed:
+        raise PolicyError(
+            f"plan of round {plan.round}: threshold {plan.threshold} of {len(plan.cohort)} regions, expected at least "
+            f"{needed} with {config.colluders} that may collude"
+        )
+    if plan.minimum < config.survivors or len(plan.cohort) < config.survivors:
+        raise PolicyError(
+            f"plan of round {plan.round}: a sum of {min(plan.minimum, len(plan.cohort))} of {len(plan.cohort)} regions "
+            f"could be opened, expected at least {config.survivors}"
+        )
 
 
 def _folder(config: SecureConfig) -> Path:
