@@ -13,12 +13,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from xcloud.aggregation import ClusterAggregation
 from xcloud.config import JobConfig
 from xcloud.errors import MessageError, RegionError, SecurityError
 from xcloud.manifest import ChunkLayout
 from xcloud.messages import RegionReport, RoundPlan, RoundSum
 from xcloud.secure.guard import SCALE
+from xcloud.secure.masks import Masker
 from xcloud.secure.member import Signer, Verifier
 from xcloud.secure.messages import (
     PLAN,
@@ -39,7 +39,7 @@ from xcloud.secure.settings import SecureConfig
 from xcloud.transport.blobs import Handle
 from xcloud.transport.calls import later
 
-__all__ = ["MaskedAggregation", "Relay"]
+__all__ = ["Adder", "MaskedAggregation", "Relay"]
 
 M = TypeVar("M", bound=SecureMessage)
 
@@ -61,6 +61,25 @@ class Relay(Protocol):
     ) -> dict[str, bytes]:
         """Have regions look at a sum, and sign it."""
         ...
+
+
+class Adder(Protocol):
+    """Adds masked updates, and takes off a total what is left of the masks (`aggregation.ClusterAggregation`)."""
+
+    def add(
+        self,
+        plan: RoundPlan,
+        layout: Sequence[ChunkLayout],
+        reports: Sequence[RegionReport],
+        updates: Sequence[Sequence[Handle]],
+        hashes: Mapping[str, tuple[str, ...]],
+    ) -> tuple[RoundSum, list[Handle]]: ...
+
+    def unmask(
+        self, layout: Sequence[ChunkLayout], total: RoundSum, handles: Sequence[Handle], opening: Masker
+    ) -> tuple[RoundSum, list[Handle], list[bytes]]: ...
+
+    def restart(self) -> None: ...
 
 
 @dataclass
@@ -86,7 +105,7 @@ class MaskedAggregation:
     def __init__(
         self,
         job: JobConfig,
-        aggregation: ClusterAggregation,
+        aggregation: Adder,
         signer: Signer,
         roster: Verifier,
         roster_hash: str,
