@@ -7,7 +7,6 @@ problem with its key's path, what was expected and the nearest known name.
 from __future__ import annotations
 
 import importlib
-import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from xcloud.policies import BufferConfig, FailureConfig, StreamingConfig
 from xcloud.registry import PartConfig, Registry, nearest
 from xcloud.secure.primitives import digest
 from xcloud.secure.settings import SecureConfig
+from xcloud.strict_yaml import StrictDumper, StrictLoader
 from xcloud.training.settings import (
     CORRECTIONS,
     INNER_OPTIMIZERS,
@@ -329,6 +329,13 @@ class JobConfig(_Section):
             )
 
     @property
+    def ring_bits(self) -> int:
+        """Bits of the integers that are added under masks."""
+        ring = ring_of(self.codec.build(), 1, Frame(members=len(self.regions)))
+        assert ring is not None, "asked of masked jobs only"
+        return ring.width
+
+    @property
     def update_digest(self) -> str:
         """What makes an update the integers that it is: equal in all regions that are added."""
         return digest(
@@ -400,7 +407,7 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
 def parse_job(text: str, overrides: Iterable[str] = (), origin: str = "job") -> JobConfig:
     """Like `load_job`, from YAML text; `origin` names it in errors."""
     try:
-        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+        raw = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a SafeLoader subclass
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -423,33 +430,7 @@ def parse_job(text: str, overrides: Iterable[str] = (), origin: str = "job") -> 
 
 def dump_job(job: JobConfig) -> str:
     """The job as YAML; `parse_job` gives the same job back."""
-    return yaml.dump(job.model_dump(mode="json"), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and reads 1e-3 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        merge = "tag:yaml.org,2002:merge"  # `<<` is no key of its own, and may be overridden
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which `_StrictLoader` would read as a number."""
-
-
-for _side in (_StrictLoader, _StrictDumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-        list("-+0123456789."),
-    )
+    return yaml.dump(job.model_dump(mode="json"), Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def _import_plugin(plugin: Any, origin: str) -> None:
@@ -466,7 +447,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {override!r}: expected path=value, for example inner.steps=50")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+        value = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a SafeLoader subclass
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
     node: Any = raw

@@ -1,0 +1,46 @@
+"""YAML for files that people write: no key twice, and numbers are what they look like."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+__all__ = ["PlainLoader", "StrictDumper", "StrictLoader"]
+
+
+class StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and reads 1e-3 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        merge = "tag:yaml.org,2002:merge"  # `<<` is no key of its own, and may be overridden
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+class PlainLoader(StrictLoader):
+    """StrictLoader without aliases, which can make much out of little, and without tags."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML leaves it untyped
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "no aliases and tags here", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which `StrictLoader` would read as a number."""
+
+
+for _side in (StrictLoader, StrictDumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
