@@ -447,6 +447,9 @@ class FakeAggregator:
         self.world = world
         self.alive = True
 
+    def open(self, plan: RoundPlan, fleet: Any) -> None:
+        del plan, fleet
+
     def merge(
         self,
         plan: RoundPlan,

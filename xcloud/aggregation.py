@@ -26,11 +26,21 @@ from xcloud.config import JobConfig, dump_job
 from xcloud.errors import AggregationError, PlacementError, RegionError
 from xcloud.folding import Folder
 from xcloud.manifest import ChunkLayout
-from xcloud.messages import Folded, FoldOrder, RegionReport, RoundPlan, RoundSum, Source
+from xcloud.messages import (
+    Folded,
+    FoldOrder,
+    RegionReport,
+    RoundPlan,
+    RoundSum,
+    Source,
+    Unmasked,
+    UnmaskOrder,
+)
 from xcloud.parts import Bundle
 from xcloud.policies import BufferConfig
+from xcloud.secure.masks import Masker
 from xcloud.transport.blobs import Copies, Handle, RayBlobs
-from xcloud.transport.calls import gather, later
+from xcloud.transport.calls import gather, in_own_words, later
 from xcloud.update import adds_up
 
 __all__ = ["Aggregation", "AggregatorHandle", "ClusterAggregation", "Crew"]
@@ -53,13 +63,17 @@ class Crew(Protocol):
 
 @dataclass(frozen=True)
 class _Sent:
-    """One update on its way into the sum, encoded in `round`; `relayed`: it is a cloud's mean already."""
+    """One update on its way into the sum, encoded in `round`; `relayed`: it is a cloud's mean already.
+
+    `hashes`: SHA-256 that its chunks must have, in hex; none where updates are not masked.
+    """
 
     name: str
     weight: float
     bundle: Bundle
     round: int
     relayed: bool = False
+    hashes: tuple[str, ...] = ()
 
 
 class Aggregation:
@@ -81,6 +95,7 @@ class Aggregation:
         layout: Sequence[ChunkLayout],
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
+        hashes: Mapping[str, tuple[str, ...]] | None = None,
     ) -> tuple[RoundSum, list[Handle]]:
         """Combine the regions' updates of the plan's chunks.
 
@@ -89,6 +104,7 @@ class Aggregation:
             layout: of each chunk of the model.
             reports: in the job's order of regions.
             updates: for each report, one handle for each of its parts.
+            hashes: by region, SHA-256 that each chunk must have, in hex.
 
         Raises:
             RegionError: a region's update is malformed, holds other chunks than planned, is not finite or is lost.
@@ -102,7 +118,13 @@ class Aggregation:
         if self.summed and not total_share > 0:
             raise AggregationError(f"round {plan.round}: the regions' shares sum to {total_share}")
         sent = [
-            _Sent(report.region, 1.0, Bundle(report.parts, report.chunk_bytes, tuple(handles)), report.round)
+            _Sent(
+                report.region,
+                1.0,
+                Bundle(report.parts, report.chunk_bytes, tuple(handles)),
+                report.round,
+                hashes=hashes[report.region] if hashes else (),
+            )
             for report, handles in zip(reports, updates, strict=True)
         ]
         weights = self._weights(plan, layout, chunks, reports, sent)
@@ -132,6 +154,35 @@ class Aggregation:
             Copies(handle, {cloud: copied[part] for cloud, copied in copies.items()})
             for part, handle in enumerate(merged.handles)
         ]
+
+    def unmask(
+        self,
+        layout: Sequence[ChunkLayout],
+        total: RoundSum,
+        handles: Sequence[Handle],
+        opening: Masker,
+    ) -> tuple[RoundSum, list[Handle], list[bytes]]:
+        """Open a total of masked encodings; also the SHA-256 of each of its chunks."""
+        whole, calls = Bundle(total.parts, total.chunk_bytes, tuple(handles)), {}
+        for who, share in enumerate(self._shares(total.chunks)):
+            part = whole.within(share)
+            order = UnmaskOrder(
+                round=total.round,
+                chunk_bytes=part.sizes,
+                parts=part.parts,
+                added=tuple(key.hex() for key in opening.added),
+                taken=tuple(key.hex() for key in opening.taken),
+            )
+            calls[who] = (order.to_wire(), [(c.length, c.matrices) for c in layout], list(part.handles))
+        answers = self.crew.ask("unmask", calls)
+        opened = [Unmasked.from_wire(answers[who][0], "aggregator") for who in calls]
+        merged = Bundle.join(
+            Bundle(one.parts, one.chunk_bytes, tuple(answers[who][1]))
+            for who, one in zip(calls, opened, strict=True)
+        )
+        summary = total.model_copy(update={"chunk_bytes": merged.sizes, "parts": merged.parts})
+        found = [bytes.fromhex(digest) for one in opened for digest in one.hashes]
+        return summary, list(merged.handles), found
 
     def _weights(
         self,
@@ -230,6 +281,7 @@ def _call(
             relayed=one.relayed,
             chunk_bytes=bundle.sizes,
             parts=bundle.parts,
+            hashes=one.hashes[bundle.first - one.bundle.first :][: len(bundle.sizes)],
         )
         for one, bundle in zip(sent, cut, strict=True)
     )
@@ -253,6 +305,8 @@ class AggregatorHandle(Protocol):
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Any]],
     ) -> Future[tuple[RoundSum, list[Any]]]: ...
+
+    def open(self, plan: RoundPlan, fleet: Any) -> None: ...
 
     def restart(self) -> None: ...
 
@@ -291,6 +345,29 @@ class ClusterAggregation:
     ) -> Future[tuple[RoundSum, list[Handle]]]:
         """Merge in the actors; see `Aggregation.merge`."""
         return later("the aggregator", lambda: self._aggregation.merge(plan, layout, reports, updates))
+
+    def open(self, plan: RoundPlan, fleet: Any) -> None:
+        """Nothing has to be agreed on before a round whose updates are not masked."""
+
+    def add(
+        self,
+        plan: RoundPlan,
+        layout: Sequence[ChunkLayout],
+        reports: Sequence[RegionReport],
+        updates: Sequence[Sequence[Handle]],
+        hashes: Mapping[str, tuple[str, ...]],
+    ) -> tuple[RoundSum, list[Handle]]:
+        """The total of masked updates whose chunks have these SHA-256; see `Aggregation.merge`."""
+        try:
+            return self._aggregation.merge(plan, layout, reports, updates, hashes)
+        except ray.exceptions.RayError as error:
+            raise in_own_words("the aggregator", error) from None
+
+    def unmask(
+        self, layout: Sequence[ChunkLayout], total: RoundSum, handles: Sequence[Handle], opening: Masker
+    ) -> tuple[RoundSum, list[Handle], list[bytes]]:
+        """See `Aggregation.unmask`."""
+        return self._aggregation.unmask(layout, total, handles, opening)
 
     def restart(self) -> None:
         """Fresh actors; they hold no state worth saving. A cloud's comes when it is needed: its nodes may

@@ -25,12 +25,14 @@ from pydantic import (
 
 from xcloud.aggregators import AGGREGATORS, AggregatorConfig, MeanConfig
 from xcloud.cloud.settings import PlacementConfig
-from xcloud.codecs import CODECS, BFloat16Config, Codec, CodecConfig, IdentityConfig
+from xcloud.codecs import CODECS, BFloat16Config, Codec, CodecConfig, Frame, IdentityConfig, ring_of
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
 from xcloud.policies import BufferConfig, FailureConfig, StreamingConfig
 from xcloud.registry import PartConfig, Registry, nearest
+from xcloud.secure.primitives import digest
+from xcloud.secure.settings import SecureConfig
 from xcloud.strict_yaml import StrictDumper, StrictLoader
 from xcloud.training.settings import (
     CORRECTIONS,
@@ -200,6 +202,7 @@ class JobConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     failure: FailureConfig = FailureConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    secure_aggregation: SecureConfig | None = None
     plugins: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -233,6 +236,7 @@ class JobConfig(_Section):
             )
         self._check_timing(codec)
         self._check_hierarchy(codec)
+        self._check_masks(codec)
         if self.inner.correction is not None and self.streaming.keeps_local:
             raise ValueError(
                 f"inner.correction {self.inner.correction.type!r} corrects the drift from a common model, but with "
@@ -292,6 +296,44 @@ class JobConfig(_Section):
                 f"codec {self.codec.type!r} adds encodings of one round only, while buffer merges updates of "
                 "different rounds; expected a codec that is opened, such as bf16, block or topk"
             )
+
+    def _check_masks(self, codec: Codec) -> None:
+        """What secure aggregation cannot be combined with."""
+        secure = self.secure_aggregation
+        if secure is None:
+            return
+        if ring_of(codec, 1, Frame(members=len(self.regions))) is None:
+            raise ValueError(
+                f"secure_aggregation adds integers under masks, and codec {self.codec.type!r} sends none that add; "
+                "expected codec fixed, or random_k with 'bits'"
+            )
+        if self.hierarchy.type != "flat":
+            raise ValueError(
+                f"secure_aggregation opens the sum of all regions only, while hierarchy {self.hierarchy.type!r} merges "
+                "those of a cloud first; expected hierarchy flat"
+            )
+        if secure.minimum is not None and secure.minimum < 3 and not secure.allow_two:
+            raise ValueError(
+                "secure_aggregation.minimum is 2, with which each region learns the other's update from the sum; "
+                "expected at least 3, or allow_two: true if that is meant"
+            )
+        if secure.survivors > len(self.regions):
+            raise ValueError(
+                f"secure_aggregation needs {secure.survivors} regions in a sum, but 'regions' lists only "
+                f"{len(self.regions)}; expected at least that many (with two, allow_two: true)"
+            )
+        if secure.threshold(len(self.regions)) > len(self.regions):
+            raise ValueError(
+                f"secure_aggregation.colluders is {secure.colluders} of {len(self.regions)} regions; "
+                "expected fewer than all of them"
+            )
+
+    @property
+    def update_digest(self) -> str:
+        """What makes an update the integers that it is: equal in all regions that are added."""
+        return digest(
+            "xcloud/update/v1", self.codec.model_dump_json(), len(self.regions), self.chunk_size
+        ).hex()
 
     @property
     def needed(self) -> int:

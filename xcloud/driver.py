@@ -96,6 +96,7 @@ class Run:
     def attempt(self, plan: RoundPlan, final: bool) -> bool:
         """Try a round once; True when it is over, False to try again."""
         began, number, job = time.perf_counter(), plan.round, self.job
+        self.aggregator.open(plan, self.fleet)
         self.fleet.launch(plan, job.rounds)
         self.land(beside=plan)  # what the last round offered travels while this one trains
         offers = self.fleet.collect(number, self.ledger.round, job.buffer)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
-from xcloud.errors import DivergenceError, PlacementError, RegionError
+from xcloud.errors import DivergenceError, MessageError, PlacementError, RegionError, SecurityError
 from xcloud.messages import (
     Applied,
     Progress,
@@ -62,6 +62,10 @@ class RegionHandle(Protocol):
     def restore(self, order: RestoreOrder) -> Future[RegionReady]: ...
 
     def progress(self) -> Future[Progress | None]: ...
+
+    def secure(self, stage: str, round: int, asked: bytes) -> Future[bytes]: ...
+
+    def confirm(self, total: RoundSum, handles: Sequence[Any], result: bytes) -> Future[bytes]: ...
 
     def kill(self) -> None: ...
 
@@ -176,6 +180,35 @@ class Fleet:
             else:
                 self.lose(name, round, "it did not answer in time")
         return {name: answers[name] for name in self._members if name in answers}
+
+    def relay(self, stage: str, number: int, asked: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Ask regions by name in one stage of the secure-aggregation protocol; who fails or refuses is not in the answers."""
+        return self._asked_securely(number, asked, lambda r: r.secure(stage, number, asked[r.name]))
+
+    def confirm(
+        self, total: RoundSum, handles: Sequence[Any], result: bytes, names: Collection[str]
+    ) -> dict[str, bytes]:
+        """The signatures of regions, by name, on a sum that they have looked at."""
+        return self._asked_securely(total.round, names, lambda r: r.confirm(total, handles, result))
+
+    def _asked_securely(
+        self, number: int, names: Collection[str], call: Callable[[RegionHandle], Future[bytes]]
+    ) -> dict[str, bytes]:
+        there = [name for name in names if self._members[name].state is State.READY]
+        futures = {name: call(self._members[name].handle) for name in there}
+        wait(futures.values(), timeout=self._policy.deadline_s)
+        answers: dict[str, bytes] = {}
+        for name, future in futures.items():
+            failed = future.exception() if future.done() else None
+            if isinstance(failed, SecurityError | MessageError):
+                self._log.event("region_refused", region=name, round=number, reason=str(failed))
+            elif isinstance(failed, RegionError):
+                self.lose(name, number, str(failed))
+            elif failed is not None:
+                raise failed
+            elif future.done():
+                answers[name] = future.result()
+        return answers
 
     def launch(self, plan: RoundPlan, rounds: int) -> None:
         """Set every idle region to work on a round (one of `rounds`)."""

@@ -13,6 +13,7 @@ one thread then works alone, unless two sets fit into `OPENED_BYTES`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from xcloud.codecs import Array, Bytes, Codec, Frame, Identity, accumulate
+from xcloud.codecs import Array, Bytes, Codec, Frame, Identity, accumulate, ring_of
 from xcloud.config import parse_job
 from xcloud.errors import AggregationError, NonFiniteUpdateError, RegionError
 from xcloud.manifest import ChunkLayout
-from xcloud.messages import Folded, FoldOrder
+from xcloud.messages import Folded, FoldOrder, Unmasked, UnmaskOrder
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
+from xcloud.secure.masks import Masker
 from xcloud.transport.blobs import Handle
 from xcloud.update import Framing, adds_up
 
@@ -58,6 +60,7 @@ class _Update:
     round: int
     codec: Codec
     bundle: Bundle
+    hashes: tuple[str, ...] = ()
 
 
 class Folder:
@@ -156,6 +159,48 @@ class Folder:
         header = Folded(parts=merged.parts, chunk_bytes=merged.sizes, norms_squared=norms)
         return header.to_wire(), list(merged.handles)
 
+    def unmask(
+        self, order: bytes, layout: Sequence[Any], handles: Sequence[Handle]
+    ) -> tuple[bytes, list[Handle]]:
+        """Open a total of masked encodings.
+
+        Args:
+            order: keys, and how the total is cut (`UnmaskOrder`).
+            layout: length and matrices of every chunk of the model.
+            handles: of its parts.
+
+        Returns:
+            An `Unmasked`, and one handle for each of its parts.
+        """
+        asked = UnmaskOrder.from_wire(order, "driver")
+        shapes = [ChunkLayout(*chunk) for chunk in layout]
+        total = Bundle(asked.parts, asked.chunk_bytes, tuple(handles))
+        masker = Masker(
+            tuple(bytes.fromhex(key) for key in asked.added), tuple(bytes.fromhex(key) for key in asked.taken)
+        )
+
+        def opened(span: range) -> tuple[Bundle, list[str]]:
+            reader, writer, hashes = PartReader(self.blobs.get, total.within(span)), self._writer(shapes), []
+            for chunk in span:
+                data = reader.read(chunk).copy()
+                frame = self.framing.frame(asked.round, chunk, shapes[chunk])
+                ring = ring_of(self.codec, shapes[chunk].length, frame)
+                assert ring is not None, "the job was refused otherwise"
+                masker.apply(data, chunk, ring)
+                hashes.append(hashlib.sha256(data).hexdigest())
+                writer.add(chunk, data)
+            return self._finished(writer), hashes
+
+        spans = [range(first, first + count) for first, count in total.parts]
+        done = list(self._pool.map(opened, spans))
+        merged = Bundle.join(bundle for bundle, _ in done)
+        header = Unmasked(
+            parts=merged.parts,
+            chunk_bytes=merged.sizes,
+            hashes=tuple(found for _, hashes in done for found in hashes),
+        )
+        return header.to_wire(), list(merged.handles)
+
     def _open(
         self, order: bytes, layout: Sequence[Any], updates: Sequence[Sequence[Handle]]
     ) -> tuple[FoldOrder, list[ChunkLayout], list[_Update]]:
@@ -167,6 +212,7 @@ class Folder:
                 source.round,
                 self.relay if source.relayed and not self.summed else self.codec,
                 Bundle(source.parts, source.chunk_bytes, tuple(handles)),
+                source.hashes,
             )
             for source, handles in zip(ordered.sources, updates, strict=True)
         ]
@@ -206,11 +252,7 @@ class Folder:
         self, span: range, round: int, layout: Sequence[ChunkLayout], sent: Sequence[_Update]
     ) -> tuple[Bundle, list[float]]:
         """Fold the chunks of one outgoing part: its bundle and each chunk's squared norm."""
-        readers = [self._reader(update, span) for update in sent]
-        writer = getattr(self._own, "writer", None)
-        if writer is None:
-            writer = PartWriter(self.blobs.put, [chunk.length for chunk in layout], PART_BYTES)
-        self._own.writer = None  # until this span is done: a failed one leaves it half full
+        readers, writer = [self._reader(update, span) for update in sent], self._writer(layout)
         norms = []
         for chunk in span:
             frame = self.framing.frame(round, chunk, layout[chunk])
@@ -226,8 +268,17 @@ class Folder:
                 norm_squared = float(np.dot(out.astype(np.float64), out.astype(np.float64)))
             norms.append(norm_squared)
             writer.add(chunk, self.encoder.encode(out, frame))
+        return self._finished(writer), norms
+
+    def _writer(self, layout: Sequence[ChunkLayout]) -> PartWriter:
+        """This thread's writer, until `_finished` gives it back: after a failure it is half full and is let go."""
+        writer: PartWriter | None = getattr(self._own, "writer", None)
+        self._own.writer = None
+        return writer or PartWriter(self.blobs.put, [chunk.length for chunk in layout], PART_BYTES)
+
+    def _finished(self, writer: PartWriter) -> Bundle:
         bundle, self._own.writer = writer.finish(), writer
-        return bundle, norms
+        return bundle
 
     def _combine(
         self,
@@ -276,6 +327,8 @@ class Folder:
         total: Bytes | None = None
         for update, reader in zip(sent, readers, strict=True):
             data = self._fetched(update, reader, chunk)
+            if update.hashes:
+                _signed(update, chunk, data)
             if total is None:
                 total = data.copy()
                 continue
@@ -310,6 +363,12 @@ class Folder:
             raise RegionError(update.name, lost) from None
         except ValueError as error:
             raise _malformed(update, chunk, error) from None
+
+
+def _signed(update: _Update, chunk: int, data: Bytes) -> None:
+    """Refuse a chunk that is not what its region has signed."""
+    if hashlib.sha256(data).hexdigest() != update.hashes[chunk - update.bundle.first]:
+        raise RegionError(update.name, f"chunk {chunk} of its update is not what it signed")
 
 
 def _malformed(update: _Update, chunk: int, error: ValueError) -> RegionError:

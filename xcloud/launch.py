@@ -7,15 +7,18 @@ import socket
 import threading
 from pathlib import Path
 
-from xcloud.aggregation import ClusterAggregation
+from xcloud.aggregation import AggregatorHandle, ClusterAggregation
 from xcloud.checkpoint import CheckpointStore
 from xcloud.cloud.session import ray_session
 from xcloud.config import JobConfig
 from xcloud.driver import Run
 from xcloud.fleet import Fleet
 from xcloud.ledger import Outcome, find_commit, keep_job
+from xcloud.masking import MaskedAggregation
 from xcloud.metrics import RunLog
 from xcloud.region import ClusterRegion
+from xcloud.secure.local import make_keys, open_driver
+from xcloud.secure.settings import SecureConfig
 
 __all__ = ["train"]
 
@@ -38,6 +41,7 @@ def train(
     store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
     record = find_commit(job, store, run_dir, resume)
     keep_job(job, run_dir)
+    job = with_keys(job, run_dir, log)
     log.rewind(record.round if record else 0)
     names = [region.name for region in job.regions]
     with ray_session(address, job.cpus) as session:
@@ -53,6 +57,9 @@ def train(
             resumed_round=record.round if record else None,
         )
         aggregator = ClusterAggregation(job, enforce_labels=not session.local)
+        merging: AggregatorHandle = aggregator
+        if job.secure_aggregation is not None:
+            merging = masked(job, aggregator, job.secure_aggregation)
 
         def build(name: str) -> ClusterRegion:
             return ClusterRegion(
@@ -65,7 +72,7 @@ def train(
 
         fleet = Fleet(names, build, job.failure, log)
         try:
-            return Run(job, fleet, aggregator, store, log, stop or threading.Event()).play(record, stop_after)
+            return Run(job, fleet, merging, store, log, stop or threading.Event()).play(record, stop_after)
         except KeyboardInterrupt:
             log.event("run_stopped", round=max(store.rounds(), default=0), reason="interrupted at once")
             raise
@@ -74,3 +81,20 @@ def train(
             raise
         finally:
             fleet.close()
+
+
+def with_keys(job: JobConfig, run_dir: Path, log: RunLog) -> JobConfig:
+    """The job with keys to mask updates with: its own, or some made for this run."""
+    secure = job.secure_aggregation
+    if secure is None or secure.keys is not None:
+        return job
+    folder = (run_dir / "keys").absolute()
+    make_keys(folder, [region.name for region in job.regions])
+    log.event("keys_made", path=str(folder))
+    return job.model_copy(update={"secure_aggregation": secure.model_copy(update={"keys": str(folder)})})
+
+
+def masked(job: JobConfig, aggregator: ClusterAggregation, secure: SecureConfig) -> MaskedAggregation:
+    """Merges that open nothing but the sum."""
+    identity, roster = open_driver(secure)
+    return MaskedAggregation(job, aggregator, identity, roster, roster.hash.hex())

@@ -30,6 +30,8 @@ __all__ = [
     "SaveOrder",
     "Saved",
     "Source",
+    "UnmaskOrder",
+    "Unmasked",
     "json_safe",
 ]
 
@@ -140,6 +142,7 @@ class RegionReport(Message):
     `chunk_bytes[i]` is the encoded length of chunk `i`; `parts` says which chunks share a buffer
     (first chunk, number of chunks). The buffers travel beside this, one for each part.
     `staleness` is the number of merges since the model that it started from; the driver fills it in.
+    `upload`, where updates are masked, is what the region has signed of its own (`secure.messages.Upload`).
     `landing_s` are the seconds of the round in which no inner step ran because an earlier merge was taken up.
     """
 
@@ -157,6 +160,7 @@ class RegionReport(Message):
     encode_s: float
     landing_s: float = 0.0
     staleness: int = 0
+    upload: str = ""
     pools: tuple[PoolReport, ...]
 
     @property
@@ -165,7 +169,10 @@ class RegionReport(Message):
 
 
 class Source(Message):
-    """One update to fold: a region's, or (`relayed`) the mean of a cloud's regions. Fields as in `RegionReport`."""
+    """One update to fold: a region's, or (`relayed`) the mean of a cloud's regions. Fields as in `RegionReport`.
+
+    `hashes` are the SHA-256 that each chunk must have, where the region has signed them.
+    """
 
     name: str
     weight: float
@@ -173,6 +180,7 @@ class Source(Message):
     relayed: bool
     chunk_bytes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
+    hashes: tuple[str, ...] = ()
 
 
 class FoldOrder(Message):
@@ -191,6 +199,24 @@ class Folded(Message):
     norms_squared: tuple[float, ...]
 
 
+class UnmaskOrder(Message):
+    """What one folder is asked to open: a total of its own, by the keys of the streams that did not cancel."""
+
+    round: int
+    chunk_bytes: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...]
+    added: tuple[str, ...]
+    taken: tuple[str, ...]
+
+
+class Unmasked(Message):
+    """The opened total: SHA-256 of each chunk. Its buffers travel beside this, cut as the total was."""
+
+    chunk_bytes: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...]
+    hashes: tuple[str, ...]
+
+
 class RoundSum(Message):
     """The merged update of one round; its buffers travel beside this, one for each part.
 
@@ -198,7 +224,8 @@ class RoundSum(Message):
     regions can decode, or the weighted combination, encoded with the job's downlink codec (its `norm` is
     then known). `lands_in` is the round during which it is taken up; None: at once. A sum of no regions changes
     nothing: the round was given up while the next was under way. `egress_up` counts the bytes that crossed between clouds on the way up (None: all of them
-    did); `near` names the clouds that have a copy of the merged update for all their regions.
+    did); `near` names the clouds that have a copy of the merged update for all their regions. `proof`, where updates were
+    masked, is what the regions have signed of it (`secure.messages.Proof`).
     """
 
     round: int
@@ -235,6 +262,7 @@ class RoundSum(Message):
 
     egress_up: int | None = None
     near: tuple[str, ...] = ()
+    proof: str = ""
 
     @property
     def bytes_down(self) -> int:

@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from xcloud.aggregators import MeanConfig
 from xcloud.cloud.placement import place_pool, release_pool
 from xcloud.config import JobConfig, PoolConfig, dump_job, parse_job
-from xcloud.errors import DataError, DivergenceError
+from xcloud.errors import DataError, DivergenceError, RegionError, SecurityError
 from xcloud.messages import (
     Applied,
     PoolReport,
@@ -47,6 +47,10 @@ from xcloud.messages import (
 )
 from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.quiet import quiet_environment
+from xcloud.secure.guard import Guard
+from xcloud.secure.local import open_guard
+from xcloud.secure.masks import Masker
+from xcloud.secure.messages import SyncPlan
 from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import call, gather
@@ -110,6 +114,7 @@ class Pending:
 
     report: RegionReport
     handles: list[Handle]
+    masker: Masker | None = None
 
 
 def group_name(tag: str, pool: int) -> str:
@@ -195,6 +200,9 @@ class Region:
         self.cursor = 0
         self.model_digest = ""
         self.pending: Pending | None = None
+        self.guard: Guard | None = None
+        if job.secure_aggregation is not None:
+            self.guard = open_guard(job.secure_aggregation, name, share_of(job, name), self._check)
         self._shown = False
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}
@@ -257,6 +265,8 @@ class Region:
             ):  # trained on, whatever becomes of the update
                 self.cursor = self.pending.report.cursor
         assert self.pending is not None
+        if again and self.guard is not None:
+            self._remask(plan, self.pending)
         self.pending.report = self.pending.report.model_copy(update={"attempt": plan.attempt})
         return self.pending.report, self.pending.handles
 
@@ -266,8 +276,9 @@ class Region:
             self._round = (plan.round, time.monotonic())
         calls, at, single = [], self.cursor, len(self.pools) == 1
         share = share_of(self.job, self.name)
+        masker = self.guard.masker(plan.round) if self.guard else None
         for pool in self.pools:
-            calls.append(pool.ask("work", plan, at, share if single else None))
+            calls.append(pool.ask("work", plan, at, share if single else None, masker if single else None))
             at += plan.inner_steps * pool.config.sequences_per_step
         gather([reference for references in calls for reference in references])
         worked: list[list[tuple[Trained, Offer]]] = [gather(references) for references in calls]
@@ -285,11 +296,11 @@ class Region:
         tokens = [report.tokens for report in reports]
         bundles = [Bundle.join(offer.bundle for _, offer in ranks) for ranks in worked]
         if single:
-            bundle, norm_squared = bundles[0], sum(offer.norm_squared for _, offer in worked[0])
+            offers = [offer for _, offer in worked[0]]
         else:
             mean = self._merge_pools(bundles, tokens)
-            offers: list[Offer] = gather(self.pools[0].ask("encode", plan, mean, share))
-            bundle, norm_squared = Bundle.join(o.bundle for o in offers), sum(o.norm_squared for o in offers)
+            offers = gather(self.pools[0].ask("encode", plan, mean, share, masker))
+        bundle, norm_squared = Bundle.join(o.bundle for o in offers), sum(o.norm_squared for o in offers)
         encode_s = max(offer.seconds for ranks in worked for _, offer in ranks) + time.perf_counter() - began
         losses = [
             report.loss_sum / report.steps * report.tokens if report.steps else 0.0 for report in reports
@@ -300,7 +311,9 @@ class Region:
             attempt=plan.attempt,
             tokens=sum(tokens),
             train_loss=sum(losses) / sum(tokens) if sum(tokens) else math.nan,
-            update_norm=math.sqrt(norm_squared),
+            update_norm=math.nan
+            if self.guard
+            else math.sqrt(norm_squared),  # it would say something of this update
             share=share,
             cursor=at,
             chunk_bytes=bundle.sizes,
@@ -308,9 +321,56 @@ class Region:
             compute_s=max(report.compute_s for report in reports),
             encode_s=encode_s,
             landing_s=max(trained.landing_s for ranks in worked for trained, _ in ranks),
+            upload=self._upload(plan, offers),
             pools=reports,
         )
-        return Pending(report, list(bundle.handles))
+        return Pending(report, list(bundle.handles), masker)
+
+    def _upload(self, plan: RoundPlan, offers: Sequence[Offer]) -> str:
+        """What is signed of masked chunks; nothing where they are not."""
+        if self.guard is None:
+            return ""
+        ordered = sorted((offer for offer in offers if offer.bundle.parts), key=lambda o: o.bundle.first)
+        return self.guard.upload(plan.round, [found for o in ordered for found in o.hashes]).decode()
+
+    def _remask(self, plan: RoundPlan, pending: Pending) -> None:
+        """The same update under the keys of the sync in which the round is tried again."""
+        assert self.guard is not None
+        assert pending.masker is not None
+        masker = self.guard.masker(plan.round)
+        if masker == pending.masker:
+            return
+        sent = Bundle(pending.report.parts, pending.report.chunk_bytes, tuple(pending.handles))
+        offers: list[Offer] = gather(self.pools[0].ask("remask", plan, sent, pending.masker, masker))
+        bundle = Bundle.join(offer.bundle for offer in offers)
+        changes = {"chunk_bytes": bundle.sizes, "parts": bundle.parts, "upload": self._upload(plan, offers)}
+        pending.report = pending.report.model_copy(update=changes)
+        pending.handles, pending.masker = list(bundle.handles), masker
+
+    # -- secure aggregation ---------------------------------------------------------------
+
+    def secure(self, stage: str, number: int, asked: bytes) -> bytes:
+        """Answer one stage of the sync of round `number`; see `secure.guard.Guard`."""
+        if self.guard is None:
+            raise SecurityError(f"region {self.name!r} was asked for {stage!r}, but its job masks nothing")
+        return self.guard.answer(stage, number, asked)
+
+    def confirm(self, total: RoundSum, handles: Sequence[Handle], result: bytes) -> bytes:
+        """Look at a sum and sign it."""
+        assert self.guard is not None, "asked in masked runs only"
+        merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
+        hashes = [h for part in gather(self.pools[0].ask("hashes", total, merged)) for h in part]
+        return self.guard.confirm(total.round, result, hashes)
+
+    def _check(self, plan: SyncPlan) -> None:
+        """Refuse a sync of another model, or of updates that are made in another way."""
+        told = {"model": plan.model, "update": plan.update, "job": plan.job}
+        held = {"model": self.model_digest, "update": self.job.update_digest, "job": self.job.name}
+        for key, value in held.items():
+            if told[key] != value:
+                raise SecurityError(
+                    f"plan of round {plan.round}: its {key} is {told[key][:12]}, region {self.name!r} has {value[:12]}"
+                )
 
     def _merge_pools(self, bundles: list[Bundle], tokens: list[int]) -> Bundle:
         """The token-weighted mean of the pools' plain updates, still plain."""
@@ -333,6 +393,11 @@ class Region:
             DivergenceError: pools of this region end with different models.
         """
         began = time.perf_counter()
+        if self.guard is not None and total.regions:
+            try:
+                self.guard.accept(total.round, total.proof.encode())
+            except SecurityError as error:
+                raise RegionError(self.name, str(error)) from None
         merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
         evaluate = evaluate and self.job.evaluation.sequences > 0
         idle = total.lands_in is None
@@ -517,6 +582,12 @@ class RegionActor:
     def restore(self, order: bytes) -> bytes:
         return self.region.restore(RestoreOrder.from_wire(order, "driver"), self.url).to_wire()
 
+    def secure(self, stage: str, number: int, asked: bytes) -> bytes:
+        return self.region.secure(stage, number, asked)
+
+    def confirm(self, total: bytes, handles: list[Handle], result: bytes) -> bytes:
+        return self.region.confirm(RoundSum.from_wire(total, "driver"), handles, result)
+
     def note_progress(self, pool: int, step: int, tokens: int, loss: float) -> None:
         self.region.note_progress(pool, step, tokens, loss)
 
@@ -575,6 +646,12 @@ class ClusterRegion:
     def restore(self, order: RestoreOrder) -> Future[RegionReady]:
         reference = self.actor.restore.remote(order.to_wire())
         return call(self.name, reference, lambda r: RegionReady.from_wire(r, self.name))
+
+    def secure(self, stage: str, round: int, asked: bytes) -> Future[bytes]:
+        return call(self.name, self.actor.secure.remote(stage, round, asked), bytes)
+
+    def confirm(self, total: RoundSum, handles: Sequence[Handle], result: bytes) -> Future[bytes]:
+        return call(self.name, self.actor.confirm.remote(total.to_wire(), list(handles), result), bytes)
 
     def progress(self) -> Future[Progress | None]:
         reference = self.actor.progress.remote()

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from xcloud.codecs import Array, Bytes, Codec, Frame, Identity
+from xcloud.codecs import Array, Bytes, Codec, Frame, Identity, ring_of
 from xcloud.errors import AggregationError
 from xcloud.manifest import ChunkLayout
 from xcloud.messages import RoundSum
+from xcloud.secure.masks import Masker
 
 __all__ = ["Framing", "UpdatePath", "adds_up"]
 
@@ -92,12 +93,27 @@ class UpdatePath:
         if codec.feedback:
             self.residual = {c: np.zeros(layout[c].length, np.float32) for c in owned}
 
-    def encode(self, round: int, chunk: int, delta: Array, share: float) -> Bytes:
+    def encode(
+        self, round: int, chunk: int, delta: Array, share: float, masker: Masker | None = None
+    ) -> Bytes:
         """One chunk's bytes for the wire; `delta` (fp32) is used up.
 
         Args:
             share: of the largest weight, in [0, 1]; only where encodings add up.
+            masker: hides them; None sends them as they are.
         """
+        encoded = self._encode(round, chunk, delta, share)
+        if masker is not None:
+            self.mask(round, chunk, encoded, masker)
+        return encoded
+
+    def mask(self, round: int, chunk: int, encoded: Bytes, masker: Masker) -> None:
+        """Mask an encoding in place, or take off what `masker.inverse()` has put on."""
+        ring = ring_of(self.codec, self.layout[chunk].length, self._frame(round, chunk))
+        assert ring is not None, "the job was refused otherwise"
+        masker.apply(encoded, chunk, ring)
+
+    def _encode(self, round: int, chunk: int, delta: Array, share: float) -> Bytes:
         frame = self._frame(round, chunk)
         if adds_up(self.codec) and share != 1:
             delta *= np.float32(share)

@@ -25,6 +25,7 @@ __all__ = [
     "PeerOptions",
     "PeerRun",
     "flower_python",
+    "last_line",
     "requirements_digest",
     "run_peer",
 ]
@@ -148,7 +149,16 @@ def run_peer(name: str, python: Path, options: PeerOptions, timeout_s: float = 9
     Raises:
         PeerError: it failed, or took longer than `timeout_s`.
     """
-    command = [str(python), "-m", f"benchmarks.peers.{name}", *options.arguments()]
+    return PeerRun.from_json(last_line(name, python, options.arguments(), timeout_s))
+
+
+def last_line(name: str, python: Path, arguments: Sequence[str], timeout_s: float = 900.0) -> str:
+    """Run a module of this package in a process of its own; the last JSON line that it printed.
+
+    Raises:
+        PeerError: it failed, or took longer than `timeout_s`.
+    """
+    command = [str(python), "-m", f"benchmarks.peers.{name}", *arguments]
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
@@ -159,4 +169,4 @@ def run_peer(name: str, python: Path, options: PeerOptions, timeout_s: float = 9
     if done.returncode != 0 or not lines:
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise PeerError(f"{name} ended with status {done.returncode}:\n{said}")
-    return PeerRun.from_json(lines[-1])
+    return lines[-1]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.strategies import damaged, quick
 from xcloud.errors import PolicyError
 from xcloud.secure.files import LIMIT
-from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts, minimum_survivors, threshold
+from xcloud.secure.member import threshold
+from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts, minimum_survivors
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 

@@ -6,6 +6,7 @@ from xcloud.codecs.e3m0 import E3M0, E3M0Config
 from xcloud.codecs.fixed import Fixed, FixedConfig
 from xcloud.codecs.lowrank import LowRank, LowRankConfig
 from xcloud.codecs.plain import BFloat16, BFloat16Config, Identity, IdentityConfig
+from xcloud.codecs.ring import Ring, ring_add, ring_of
 from xcloud.codecs.sign import Sign, SignConfig
 from xcloud.codecs.sparse import RandomK, RandomKConfig, Sparse, SparseConfig, TopK, TopKConfig
 from xcloud.codecs.ternary import Ternary, TernaryConfig
@@ -31,6 +32,7 @@ __all__ = [
     "LowRankConfig",
     "RandomK",
     "RandomKConfig",
+    "Ring",
     "Sign",
     "SignConfig",
     "Sparse",
@@ -40,4 +42,6 @@ __all__ = [
     "TopK",
     "TopKConfig",
     "accumulate",
+    "ring_add",
+    "ring_of",
 ]

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from xcloud.codecs import _kernels as kernels
 from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame, expect_bytes
+from xcloud.codecs.ring import Ring, ring_add
 
 __all__ = ["Fixed", "FixedConfig"]
 
@@ -32,20 +33,35 @@ class Fixed:
 
     linear = True
 
-    def __init__(self, bits: int, rotated: bool, stochastic: bool, clip: float, feedback: float) -> None:
-        self.limit = (1 << (bits - 1)) - 1
+    def __init__(
+        self,
+        bits: int,
+        rotated: bool,
+        stochastic: bool,
+        clip: float,
+        feedback: float,
+        ring: int | None = None,
+    ) -> None:
         self.rotated, self.stochastic, self.clip, self.feedback = rotated, stochastic, clip, feedback
-        self.bits = bits
+        self.bits, self._ring = bits, ring
+
+    def limit(self, members: int) -> int:
+        """The largest integer of one region."""
+        return ((1 << (self._ring - 1)) - 1) // members if self._ring else (1 << (self.bits - 1)) - 1
 
     def width(self, members: int) -> int:
         """Bits of a ring that holds the sum of `members` values of at most `limit` each."""
-        return max(self.bits, (members * self.limit).bit_length() + 1)
+        return self._ring or max(self.bits, (members * self.limit(members)).bit_length() + 1)
+
+    def ring(self, length: int, frame: Frame) -> Ring:
+        """Levels, then packed integers."""
+        return Ring(kernels.LEVEL_BYTES * kernels.blocks(length), self.width(frame.members))
 
     def encode(self, values: Array, frame: Frame) -> Bytes:
         return kernels.encode_integers(
             values,
             self._steps(values.size, frame),
-            self.limit,
+            self.limit(frame.members),
             self.width(frame.members),
             rotated=self.rotated,
             stochastic=self.stochastic,
@@ -60,16 +76,15 @@ class Fixed:
         expect_bytes(data, front + size, length, f"{width}-bit integers with levels")
         steps = self._steps(length, frame)
         return kernels.decode_integers(
-            data, length, steps, self.limit, width, rotated=self.rotated, shared=frame.shared
+            data, length, steps, self.limit(frame.members), width, rotated=self.rotated, shared=frame.shared
         )
 
     def add(self, total: Bytes, other: Bytes, frame: Frame) -> None:
         width = self.width(frame.members)
         whole = kernels.LEVEL_BYTES + kernels.packed_bytes(kernels.BLOCK, width)
         front = kernels.LEVEL_BYTES * -(-total.nbytes // whole)
-        levels = total[:front].view("<u4")
-        np.add(levels, other[:front].view("<u4"), out=levels)
-        kernels.packed_add(total[front:], other[front:], width)
+        ring_add(total[:front], other[:front], 8 * kernels.LEVEL_BYTES)
+        ring_add(total[front:], other[front:], width)
 
     def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
         """From the regions' mean level, block by block; where all were silent, the scale stays."""
@@ -92,7 +107,7 @@ class Fixed:
 
     def _steps(self, length: int, frame: Frame) -> Array:
         """What one integer of each block is worth."""
-        return self._scale(length, frame) * np.float32(self.clip / self.limit)
+        return self._scale(length, frame) * np.float32(self.clip / self.limit(frame.members))
 
 
 CLIP = {8: 8.0, 4: 3.0, 2: 1.25}
@@ -105,6 +120,7 @@ class FixedConfig(CodecConfig):
 
     Attributes:
         bits: of one region's integers; the ring takes 1 or 2 more for 3 regions.
+        ring: bits of the ring instead, of which the integers take what the number of regions leaves them; null: `bits` says.
         rotate: Hadamard rotation of each block.
         rounding: stochastic is unbiased; nearest has the smaller error, to be used with feedback.
         clip: clipping range in root mean squares of what regions send; null: 8, 3 and 1.25 for 8, 4 and 2 bits.
@@ -113,12 +129,14 @@ class FixedConfig(CodecConfig):
 
     type: Literal["fixed"] = "fixed"
     bits: Literal[8, 4, 2] = 4
+    ring: Literal[8, 12, 16] | None = None
     rotate: bool = True
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     clip: Annotated[float, Field(gt=0)] | None = None
     feedback: Annotated[float, Field(ge=0, le=1)] | None = None
 
     def build(self) -> Codec:
-        feedback = (0.0 if self.bits == 8 else 1.0) if self.feedback is None else self.feedback
-        clip = CLIP[self.bits] if self.clip is None else self.clip
-        return Fixed(self.bits, self.rotate, self.rounding == "stochastic", clip, feedback)
+        fine = self.bits == 8 or self.ring is not None
+        feedback = (0.0 if fine else 1.0) if self.feedback is None else self.feedback
+        clip = CLIP[8 if fine else self.bits] if self.clip is None else self.clip
+        return Fixed(self.bits, self.rotate, self.rounding == "stochastic", clip, feedback, self.ring)

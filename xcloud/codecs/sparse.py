@@ -20,6 +20,7 @@ from xcloud.codecs._kernels import _draw, _hash, constant, jit
 from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame, Opened, expect_bytes
 from xcloud.codecs.fixed import FixedConfig
 from xcloud.codecs.plain import Identity
+from xcloud.codecs.ring import Ring, ring_of
 
 __all__ = ["RandomK", "RandomKConfig", "Sparse", "SparseConfig", "TopK", "TopKConfig"]
 
@@ -423,6 +424,9 @@ class RandomK:
 
     def add(self, total: Bytes, other: Bytes, frame: Frame) -> None:
         self.values.add(total, other, frame)
+
+    def ring(self, length: int, frame: Frame) -> Ring | None:
+        return ring_of(self.values, self._count(length), frame)
 
     def next_scale(self, merged: Array, total: Bytes, contributors: int, frame: Frame) -> Array | None:
         return self.values.next_scale(self._drawn(merged, frame), total, contributors, frame)

@@ -3,8 +3,7 @@
 A plan is signed by the driver, and the driver may be wrong, or not honest. So a region checks every plan against a
 file of its own before it does anything. The file is strict YAML; `docs/security.md` explains each key.
 
-Thresholds follow Bonawitz et al. 2017 (eprint 2017/281) against a malicious server: with n regions of which c work
-together with the server, two sets of t survivors must share an honest region, so 2t > n + c.
+Thresholds follow Bonawitz et al. 2017 (eprint 2017/281) against a malicious server (`secure.member.threshold`).
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from xcloud.errors import PolicyError
 from xcloud.registry import nearest
 from xcloud.secure.files import explain, read_file
+from xcloud.secure.member import threshold
 from xcloud.strict_yaml import PlainLoader
 
-__all__ = ["PlanFacts", "Policy", "PrivacyFacts", "Protection", "minimum_survivors", "threshold"]
+__all__ = ["PlanFacts", "Policy", "PrivacyFacts", "Protection", "minimum_survivors"]
 
 Protection = Literal["none", "envelope", "secure_aggregation"]
 """Who can read a single region's update: anybody on the way, the aggregator, nobody. Each includes the one before."""
@@ -31,11 +31,6 @@ Unit = Literal["example", "region"]
 _RANK: dict[Protection, int] = {"none": 0, "envelope": 1, "secure_aggregation": 2}
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def threshold(regions: int, colluders: int) -> int:
-    """The smallest t with 2t > n + c: how many shares open a secret, and how many must agree on the survivors."""
-    return (regions + colluders) // 2 + 1
 
 
 def minimum_survivors(colluders: int, two_regions: bool = False) -> int:

@@ -47,11 +47,15 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Offer:
-    """One rank's encoded chunks, and the squared norm of its part of the update."""
+    """One rank's encoded chunks, and the squared norm of its part of the update.
+
+    `hashes` are the SHA-256 of the chunks, where they are masked.
+    """
 
     bundle: Bundle
     norm_squared: float
     seconds: float
+    hashes: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ holding only the chunks it owns. The worker is plain Python: `region` wraps it i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import threading
@@ -43,6 +44,7 @@ from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
+from xcloud.secure.masks import Masker
 from xcloud.training.chunks import OwnedChunks, to_numpy
 from xcloud.training.correction import COMMON, OWN, Correction
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
@@ -141,9 +143,11 @@ class RankWorker:
         """Data in words and its fingerprint, training sequences, manifest."""
         return self.store.describe(), self.store.fingerprint, len(self.store.train), self.manifest
 
-    def work(self, plan: RoundPlan, start: int, share: float | None) -> tuple[Trained, Offer]:
+    def work(
+        self, plan: RoundPlan, start: int, share: float | None, masker: Masker | None = None
+    ) -> tuple[Trained, Offer]:
         """A whole local round: `train`, then `offer`."""
-        return self.train(plan, start), self.offer(plan, share)
+        return self.train(plan, start), self.offer(plan, share, masker)
 
     def train(self, plan: RoundPlan, start: int) -> Trained:
         """Run the round's inner steps.
@@ -190,19 +194,20 @@ class RankWorker:
             landing_s=landing_s,
         )
 
-    def offer(self, plan: RoundPlan, share: float | None) -> Offer:
+    def offer(self, plan: RoundPlan, share: float | None, masker: Masker | None = None) -> Offer:
         """This rank's own chunks of anchor - local, those of the round's fragment.
 
         Args:
             plan: of the round.
             share: of the weight, for `UpdatePath.encode`; None leaves the update in fp32, for merging pools
                 inside the region.
+            masker: hides what is encoded; None sends it as it is.
 
         Raises:
             NonFiniteUpdateError: names the parameter that holds NaN or Inf.
         """
-        began = time.perf_counter()
-        norm_squared = 0.0
+        began, norm_squared = time.perf_counter(), 0.0
+        sealed: list[bytes] = []
         delta, chunks = self.anchor[:0], self._merged_in(plan)
         for index, spec in enumerate(self.manifest.parameters):
             if not self.chunks.within(index, chunks):
@@ -224,25 +229,57 @@ class RankWorker:
                     )
                     norm_squared += self._checked_norm_squared(values, spec.name)
                 if seg.chunk_start + seg.length == delta.size:
-                    self.writer.add(
-                        seg.chunk,
-                        delta.view(np.uint8)
-                        if share is None
-                        else self.path.encode(plan.round, seg.chunk, delta, share),
-                    )
-        return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began)
+                    if share is None:
+                        self.writer.add(seg.chunk, delta.view(np.uint8))
+                    else:
+                        self._send(plan, seg.chunk, delta, share, masker, sealed)
+        return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began, tuple(sealed))
 
-    def encode(self, plan: RoundPlan, merged: Bundle, share: float) -> Offer:
+    def encode(self, plan: RoundPlan, merged: Bundle, share: float, masker: Masker | None = None) -> Offer:
         """Encode this rank's own chunks of the mean of the region's pools (fp32)."""
         began, norm_squared, reader = time.perf_counter(), 0.0, PartReader(self.blobs.get, merged)
+        sealed: list[bytes] = []
         for chunk in self.chunks.ids:
             if chunk not in self._merged_in(plan):
                 continue
             delta = self.writer.slot(self.manifest.chunk_length(chunk))
             delta[:] = reader.read(chunk).view(np.float32)
             norm_squared += float(np.dot(delta, delta))
-            self.writer.add(chunk, self.path.encode(plan.round, chunk, delta, share))
-        return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began)
+            self._send(plan, chunk, delta, share, masker, sealed)
+        return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began, tuple(sealed))
+
+    def _send(
+        self,
+        plan: RoundPlan,
+        chunk: int,
+        delta: Array,
+        share: float,
+        masker: Masker | None,
+        sealed: list[bytes],
+    ) -> None:
+        encoded = self.path.encode(plan.round, chunk, delta, share, masker)
+        if masker is not None:
+            sealed.append(hashlib.sha256(encoded).digest())
+        self.writer.add(chunk, encoded)
+
+    def remask(self, plan: RoundPlan, sent: Bundle, old: Masker, new: Masker) -> Offer:
+        """The same encodings of this rank's own chunks, under the keys of another sync."""
+        began, reader = time.perf_counter(), PartReader(self.blobs.get, sent)
+        sealed: list[bytes] = []
+        both = Masker(new.added + old.taken, new.taken + old.added)
+        for chunk in self.chunks.ids:
+            if chunk in self._merged_in(plan):
+                encoded = reader.read(chunk).copy()
+                self.path.mask(plan.round, chunk, encoded, both)
+                sealed.append(hashlib.sha256(encoded).digest())
+                self.writer.add(chunk, encoded)
+        return Offer(self.writer.finish(), 0.0, time.perf_counter() - began, tuple(sealed))
+
+    def hashes(self, total: RoundSum, merged: Bundle) -> list[bytes]:
+        """SHA-256 of this rank's own chunks of a merged update, as they were received."""
+        reader = PartReader(self.blobs.get, merged)
+        mine = [chunk for chunk in self.chunks.ids if chunk in total.chunks]
+        return [hashlib.sha256(reader.read(chunk)).digest() for chunk in mine]
 
     def apply(self, total: RoundSum, merged: Bundle, evaluate: bool = False) -> Landed:
         """Take up a merged update now, between two rounds.

@@ -1,0 +1,351 @@
+"""Masked merges between driver and regions, with real keys, journals and folders, and without Ray."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.merging import LAYOUT, LocalCrew, Store, encodings, job_of, noise
+from tests.strategies import report
+from xcloud.aggregation import Aggregation
+from xcloud.config import JobConfig
+from xcloud.errors import MessageError, RegionError, SecurityError
+from xcloud.manifest import ChunkLayout
+from xcloud.masking import MaskedAggregation
+from xcloud.messages import RoundPlan
+from xcloud.parts import PartWriter
+from xcloud.secure.local import make_keys, open_driver, open_guard
+from xcloud.secure.settings import SecureConfig
+from xcloud.update import Framing, UpdatePath
+
+
+class Adding:
+    """Folders in this process."""
+
+    def __init__(self, job: JobConfig, store: Store) -> None:
+        self.job, self.store, self.restarts = job, store, 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.restarts += 1
+        self.aggregation = Aggregation(self.job, LocalCrew(self.job, self.store))
+
+    def add(self, *args: Any) -> Any:
+        return self.aggregation.merge(*args)
+
+    def unmask(self, *args: Any) -> Any:
+        return self.aggregation.unmask(*args)
+
+
+class World:
+    """Regions with guards, and the wires between them and the driver.
+
+    Attributes:
+        faults: `(stage, region)` that fail: `silent` says nothing, `refuse` raises, `garbage` answers nonsense.
+        heard: everything that the driver got or sent, as bytes.
+    """
+
+    def __init__(
+        self, folder: Path, count: int = 4, layout: Sequence[ChunkLayout] = LAYOUT, **changes: Any
+    ) -> None:
+        clouds = [f"c{i}" for i in range(count)]
+        secure = SecureConfig(keys=str(folder / "keys"), colluders=0)
+        codec = changes.pop("codec", {"type": "fixed", "bits": 8})
+        raw = {"codec": codec, "secure_aggregation": secure.model_dump(), **changes}
+        self.job = job_of(clouds, **raw)
+        self.names = [region.name for region in self.job.regions]
+        make_keys(folder / "keys", self.names)
+        self.config, self.layout, self.store = secure, tuple(layout), Store()
+        self.guards = {name: open_guard(secure, name, 1.0, lambda plan: None) for name in self.names}
+        self.adding, self.capacity = Adding(self.job, self.store), 45_000  # bytes of a part: a few chunks
+        identity, roster = open_driver(secure)
+        self.merging = MaskedAggregation(self.job, self.adding, identity, roster, roster.hash.hex())
+        self.faults: dict[tuple[str, str], str] = {}
+        self.heard: list[bytes] = []
+        self.lost: set[str] = set()
+        self.sent: dict[str, tuple[Any, list[Any], Any]] = {}
+
+    @property
+    def idle(self) -> list[str]:
+        return [name for name in self.names if name not in self.lost]
+
+    def relay(self, stage: str, number: int, asked: Mapping[str, bytes]) -> dict[str, bytes]:
+        return self._each(stage, asked, lambda name: self.guards[name].answer(stage, number, asked[name]))
+
+    def confirm(
+        self, total: Any, handles: Sequence[Any], result: bytes, names: Sequence[str]
+    ) -> dict[str, bytes]:
+        found = encodings(self.store, total, handles)
+        hashes = [hashlib.sha256(data).digest() for data in found.values()]
+        self.heard.append(result)
+        return self._each("confirm", names, lambda n: self.guards[n].confirm(total.round, result, hashes))
+
+    def _each(self, stage: str, names: Any, ask: Callable[[str], bytes]) -> dict[str, bytes]:
+        answers = {}
+        for name in names:
+            fault = self.faults.get((stage, name))
+            if isinstance(names, Mapping):
+                self.heard.append(names[name])
+            if fault == "silent" or name in self.lost:
+                continue
+            try:
+                answers[name] = b'{"version": 1}' if fault == "garbage" else ask(name)
+            except (SecurityError, MessageError):
+                continue
+            self.heard.append(answers[name])
+        return answers
+
+    def plan(self, number: int = 1, attempt: int = 1) -> RoundPlan:
+        return RoundPlan(
+            job=self.job.name,
+            round=number,
+            attempt=attempt,
+            model_digest="",
+            manifest_digest="",
+            inner_steps=1,
+        )
+
+    def path(self, name: str) -> UpdatePath:
+        framing = Framing(self.job.name, self.job.seed, len(self.names), name)
+        codecs = self.job.codec.build(), self.job.downlink.build()
+        return UpdatePath(*codecs, framing, self.layout, range(len(self.layout)))
+
+    def plain(self, name: str, update: Any, number: int = 1) -> list[Any]:
+        """A region's encodings before they are masked."""
+        path, at, chunks = self.path(name), 0, []
+        for chunk, shape in enumerate(self.layout):
+            delta = update[at : at + shape.length].copy()
+            chunks.append(path.encode(number, chunk, delta, 1.0).copy())
+            at += shape.length
+        return chunks
+
+    def offer(self, name: str, update: Any, plan: RoundPlan) -> tuple[Any, list[Any]]:
+        """What a region sends, in parts of a few chunks."""
+        guard, path = self.guards[name], self.path(name)
+        masker = guard.masker(plan.round)
+        lengths = [shape.length for shape in self.layout]
+        writer, hashes, at = PartWriter(self.store.put, lengths, self.capacity), [], 0
+        for chunk, length in enumerate(lengths):
+            delta = writer.slot(length)
+            delta[:] = update[at : at + length]
+            encoded = path.encode(plan.round, chunk, delta, 1.0, masker)
+            hashes.append(hashlib.sha256(encoded).digest())
+            writer.add(chunk, encoded)
+            at += length
+        bundle = writer.finish()
+        header = report(name, 100, chunk_bytes=bundle.sizes)
+        changes = {
+            "parts": bundle.parts,
+            "round": plan.round,
+            "upload": guard.upload(plan.round, hashes).decode(),
+        }
+        return header.model_copy(update=changes), list(bundle.handles)
+
+    def play(self, updates: Mapping[str, Any], plan: RoundPlan | None = None) -> tuple[Any, list[Any]]:
+        """A whole round of these regions."""
+        plan = plan or self.plan()
+        self.merging.open(plan, self)
+        offers = [self.offer(name, update, plan) for name, update in updates.items()]
+        reports, handles = zip(*offers, strict=True)
+        self.heard += [header.to_wire() for header in reports]
+        return self.merging.merge(plan, self.layout, reports, handles).result()
+
+    def exact(self, updates: Mapping[str, Any], number: int = 1) -> dict[int, bytes]:
+        """The total of the encodings in the clear."""
+        path, totals = self.path("r0"), {}
+        for name, update in updates.items():
+            for chunk, data in enumerate(self.plain(name, update, number)):
+                if chunk in totals:
+                    path.codec.add(totals[chunk], data, path._frame(number, chunk))
+                else:
+                    totals[chunk] = data
+        return {chunk: data.tobytes() for chunk, data in totals.items()}
+
+
+def updates_of(world: World) -> dict[str, Any]:
+    return dict(zip(world.names, noise(len(world.names)), strict=True))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_the_sum_is_opened_and_proved(world: World) -> None:
+    updates = updates_of(world)
+    total, handles = world.play(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+    assert total.regions == tuple(world.names)
+    assert total.total_share == len(world.names)
+    for guard in world.guards.values():
+        guard.accept(1, total.proof.encode())
+
+
+@pytest.mark.parametrize("actors", [1, 3])
+@pytest.mark.parametrize(
+    "codec", [{"type": "fixed", "bits": 2}, {"type": "random_k", "bits": 4, "fraction": 0.3}]
+)
+def test_any_codec_on_a_ring_and_any_number_of_actors(tmp_path: Path, actors: int, codec: Any) -> None:
+    world = World(tmp_path, codec=codec, aggregation_actors=actors)
+    updates = updates_of(world)
+    total, handles = world.play(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+@pytest.mark.parametrize("fault", ["silent", "garbage"])
+@pytest.mark.parametrize("stage", ["open", "share", "receive", "agree", "unmask", "confirm"])
+def test_a_region_that_fails_at_any_stage_costs_its_own_update_at_most(
+    tmp_path: Path, stage: str, fault: str
+) -> None:
+    world = World(tmp_path)
+    world.faults[stage, "r2"] = fault
+    updates = updates_of(world)
+    plan = world.plan()
+    world.merging.open(plan, world)
+    there = {n: u for n, u in updates.items() if n != "r2" or stage in ("agree", "unmask", "confirm")}
+    offers = [world.offer(name, update, plan) for name, update in there.items()]
+    total, handles = world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
+    assert encodings(world.store, total, handles) == world.exact(there)
+    assert total.regions == tuple(there)
+
+
+def test_a_region_that_dies_before_its_upload_is_left_out(world: World) -> None:
+    updates = updates_of(world)
+    plan = world.plan()
+    world.merging.open(plan, world)
+    del updates["r1"]
+    world.lost.add("r1")
+    offers = [world.offer(name, update, plan) for name, update in updates.items()]
+    total, handles = world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+def test_an_upload_altered_in_the_store_is_left_out_before_anything_is_opened(world: World) -> None:
+    updates, plan = updates_of(world), world.plan()
+    world.merging.open(plan, world)
+    offers = [world.offer(name, update, plan) for name, update in updates.items()]
+    handle = offers[1][1][0]
+    altered = world.store.kept[handle].copy()
+    altered[100] ^= 1
+    world.store.kept[handle] = altered
+    total, handles = world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
+    del updates["r1"]
+    assert total.regions == tuple(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+def test_too_few_regions_open_nothing(world: World) -> None:
+    for name in ("r1", "r2"):
+        world.faults["agree", name] = "silent"
+    with pytest.raises(
+        RegionError, match=r"the cohort.*2 good signatures on xcloud/agree/v1, expected at least 3"
+    ):
+        world.play(updates_of(world))
+    assert not any(guard._member.memory._given for guard in world.guards.values())  # type: ignore[attr-defined]
+    world.faults.clear()
+    updates = updates_of(world)
+    total, handles = world.play(updates, world.plan(attempt=2))  # the round is tried again with new keys
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+def test_keys_of_too_few_regions_stop_the_round(world: World) -> None:
+    for name in ("r1", "r2"):
+        world.faults["open", name] = "silent"
+    with pytest.raises(SecurityError, match="round 1: 2 good adverts, expected at least 3"):
+        world.merging.open(world.plan(), world)
+
+
+def test_nothing_is_sent_without_keys(world: World) -> None:
+    with pytest.raises(SecurityError, match="round 1: no keys were agreed on, so the update is not sent"):
+        world.offer("r0", noise(1)[0], world.plan())
+
+
+def test_a_driver_that_starts_again_uses_a_later_start(world: World) -> None:
+    updates = updates_of(world)
+    world.play(updates)
+    identity, roster = open_driver(world.config)
+    world.merging = MaskedAggregation(world.job, world.adding, identity, roster, roster.hash.hex())
+    total, handles = world.play(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+def test_a_region_remembers_over_a_restart(world: World) -> None:
+    updates = updates_of(world)
+    world.play(updates)
+    guard = world.guards["r0"]
+    guard._member.memory.close()  # type: ignore[attr-defined]
+    world.guards["r0"] = open_guard(world.config, "r0", 1.0, lambda plan: None)
+    with pytest.raises(SecurityError, match="a plan is not replayed"):
+        world.guards["r0"].answer("open", 1, world.merging._signed(world.plan(), world.names).to_wire())
+
+
+def test_a_sum_that_was_not_confirmed_is_not_applied(world: World) -> None:
+    total, _ = world.play(updates_of(world))
+    proof = total.proof.replace('"weight":', '"weight":1')
+    with pytest.raises(SecurityError, match="the signature on xcloud/confirm/v1"):
+        world.guards["r0"].accept(1, proof.encode())
+
+
+def test_two_syncs_may_be_open_at_once(world: World) -> None:
+    """With overlap a round trains while the one before is merged."""
+    updates = updates_of(world)
+    first, second = world.plan(1), world.plan(2)
+    world.merging.open(first, world)
+    one = [world.offer(name, update, first) for name, update in updates.items()]
+    world.merging.open(second, world)
+    total, handles = world.merging.merge(first, LAYOUT, *zip(*one, strict=True)).result()
+    two = [world.offer(name, update, second) for name, update in updates.items()]
+    assert encodings(world.store, total, handles) == world.exact(updates, 1)
+    total, handles = world.merging.merge(second, LAYOUT, *zip(*two, strict=True)).result()
+    assert encodings(world.store, total, handles) == world.exact(updates, 2)
+
+
+def test_driver_and_aggregator_hold_nothing_that_tells_of_one_region(tmp_path: Path) -> None:
+    """All that they get, send or keep in a round with a dropout, against what each region really sent."""
+    layout = [ChunkLayout(1 << 16) for _ in range(4)]
+    world = World(tmp_path, 5, layout, chunk_size=1 << 16, failure={"quorum": 4})
+    world.capacity, size = 1 << 22, sum(shape.length for shape in layout)
+    updates = {
+        name: np.random.default_rng(i).normal(0, 1e-3, size).astype(np.float32)
+        for i, name in enumerate(world.names)
+    }
+    world.faults["agree", "r4"] = "silent"
+    plan = world.plan()
+    world.merging.open(plan, world)
+    offers = {name: world.offer(name, update, plan) for name, update in updates.items()}
+    late = offers.pop("r3")  # its keys were agreed on, its upload came too late, and the aggregator holds it
+    world.heard += [header.to_wire() for header, _ in [*offers.values(), late]]
+    total, handles = world.merging.merge(plan, world.layout, *zip(*offers.values(), strict=True)).result()
+    counted = {name: updates[name] for name in offers}
+    assert encodings(world.store, total, handles) == world.exact(counted)
+
+    opened = {id(world.store.kept[handle]) for handle in handles}
+    held = [buffer for buffer in world.store.kept.values() if id(buffer) not in opened]
+    assert len(held) > len(updates)  # every upload, and the total that is still masked
+    path = world.path("r0")
+    step = -(-offers["r0"][0].chunk_bytes[0] // 64) * 64
+
+    def read(buffer: Any) -> Any:
+        """Whoever knows everything but the keys decodes what lies there."""
+        cuts = [buffer[i * step :][: offers["r0"][0].chunk_bytes[0]] for i in range(len(layout))]
+        return np.concatenate(
+            [path.codec.decode(cut, 1 << 16, path._frame(1, i)) for i, cut in enumerate(cuts)]
+        )
+
+    for name, update in updates.items():
+        for buffer in held:
+            assert abs(np.corrcoef(read(buffer), update)[0, 1]) < 0.01, name
+        plain = np.concatenate([np.pad(data, (0, step - data.size)) for data in world.plain(name, update)])
+        assert np.corrcoef(read(plain), update)[0, 1] > 0.99  # and would find it, were it there
+    for name in world.names:
+        guard, text = world.guards[name], b"".join(world.heard)
+        secrets = [guard._syncs[1]._self_seed, guard._syncs[1]._mask_seed, guard._syncs[1]._channel]
+        secrets += [*guard._maskers[1].added, *guard._maskers[1].taken]
+        for secret in secrets:
+            assert secret not in text
+            assert secret.hex().encode() not in text

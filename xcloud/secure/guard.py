@@ -1,0 +1,107 @@
+"""A region's door: what it is asked in the protocol and answers, stage by stage, as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from xcloud.errors import SecurityError
+from xcloud.secure.masks import Masker
+from xcloud.secure.member import Member, Sync
+from xcloud.secure.messages import Adverts, Delivered, Opening, Proof, Result, SignedPlan, Survivors
+
+__all__ = ["SCALE", "Guard"]
+
+SCALE = 1 << 20
+"""A share of the weight, from 0 to 1, in the lane of integers."""
+KEPT = 4
+"""Rounds whose keys are kept: with overlap one is merged while the next trains."""
+
+
+class Guard:
+    """The syncs of one region that are under way, by round.
+
+    Args:
+        member: of the protocol.
+        share: of the weight; goes into the masked lane.
+    """
+
+    def __init__(self, member: Member, share: float) -> None:
+        self._member, self._weight = member, round(share * SCALE)
+        self._name = member.identity.name
+        self._syncs: dict[int, Sync] = {}
+        self._maskers: dict[int, Masker] = {}
+
+    def answer(self, stage: str, number: int, asked: bytes) -> bytes:
+        """One stage of the sync of round `number`.
+
+        Raises:
+            MessageError, SecurityError: see `secure.member`.
+        """
+        return self._stages[stage](self, number, asked)
+
+    def masker(self, number: int) -> Masker:
+        """Of the sync that a round's update goes into.
+
+        Raises:
+            SecurityError: there is none; nothing leaves the region unmasked.
+        """
+        if number not in self._maskers:
+            raise SecurityError(f"round {number}: no keys were agreed on, so the update is not sent")
+        return self._maskers[number]
+
+    def upload(self, number: int, hashes: Sequence[bytes]) -> bytes:
+        """Header of what was masked: SHA-256 of each chunk, in order."""
+        return self._sync(number).upload(hashes, self.masker(number), self._weight).to_wire()
+
+    def confirm(self, number: int, result: bytes, hashes: Sequence[bytes]) -> bytes:
+        """Signature on the sum whose chunks have these SHA-256."""
+        return self._sync(number).confirm(Result.from_wire(result, "aggregator"), hashes)
+
+    def accept(self, number: int, proof: bytes) -> None:
+        """Let the sum of a round be applied."""
+        found = Proof.from_wire(proof, "aggregator")
+        self._sync(number).accept(found.result, found.quorum)
+
+    def _sync(self, number: int) -> Sync:
+        if number not in self._syncs:
+            raise SecurityError(f"round {number}: {self._name!r} takes no part in its sync")
+        return self._syncs[number]
+
+    def _open(self, number: int, asked: bytes) -> bytes:
+        sync = self._member.open(SignedPlan.from_wire(asked, "driver"))
+        if sync.plan.round != number:
+            raise SecurityError(f"a plan of round {sync.plan.round} came for round {number}")
+        self._syncs[number] = sync
+        self._maskers.pop(number, None)
+        for old in sorted(self._syncs)[:-KEPT]:
+            del self._syncs[old]
+            self._maskers.pop(old, None)
+        return sync.advert().to_wire()
+
+    def _share(self, number: int, asked: bytes) -> bytes:
+        return self._sync(number).share(Adverts.from_wire(asked, "aggregator").adverts).to_wire()
+
+    def _receive(self, number: int, asked: bytes) -> bytes:
+        self._maskers[number] = self._sync(number).receive(Delivered.from_wire(asked, "aggregator").shares)
+        return b""
+
+    def _agree(self, number: int, asked: bytes) -> bytes:
+        return self._sync(number).agree(Survivors.from_wire(asked, "aggregator"))
+
+    def _unmask(self, number: int, asked: bytes) -> bytes:
+        opening = Opening.from_wire(asked, "aggregator")
+        return self._sync(number).unmask(opening.survivors, opening.quorum).to_wire()
+
+    def _last_start(self, number: int, asked: bytes) -> bytes:
+        del number
+        return str(self._member.memory.last_start(asked.decode())).encode()
+
+    _stages: ClassVar[dict[str, Callable[[Guard, int, bytes], bytes]]] = {
+        "start": _last_start,
+        "open": _open,
+        "share": _share,
+        "receive": _receive,
+        "agree": _agree,
+        "unmask": _unmask,
+    }

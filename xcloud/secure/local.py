@@ -1,0 +1,94 @@
+"""What a region keeps on its own machine for secure aggregation: its key, the roster, its policy, its journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from xcloud.errors import KeyFileError, PolicyError
+from xcloud.secure.guard import Guard
+from xcloud.secure.identity import Identity, Roster
+from xcloud.secure.identity import Member as Entry
+from xcloud.secure.journal import Journal
+from xcloud.secure.keyring import Keyring, default_folder
+from xcloud.secure.member import Member
+from xcloud.secure.messages import SyncPlan
+from xcloud.secure.settings import SecureConfig
+
+__all__ = ["DRIVER", "make_keys", "open_driver", "open_guard"]
+
+DRIVER = "driver"
+ROSTER = "roster.json"
+
+
+def make_keys(folder: Path, regions: Sequence[str]) -> None:
+    """Keys and a roster for one run on one machine, unless they are there already.
+
+    Who starts the run holds all of them: this shows how it works, and protects nobody from that person.
+    """
+    if (folder / ROSTER).exists():
+        return
+    keys = Keyring(folder).make([DRIVER, *regions])
+    entries = [
+        Entry(name=key.name, role="driver" if key.name == DRIVER else "region", key=key.key) for key in keys
+    ]
+    Roster.of(entries).save(folder / ROSTER)
+
+
+def open_driver(config: SecureConfig) -> tuple[Identity, Roster]:
+    """The driver's identity, and everybody's public keys.
+
+    Raises:
+        SecurityError: names the file that is missing or wrong.
+    """
+    folder = _folder(config)
+    return Keyring(folder).load(DRIVER), _roster(folder)
+
+
+def open_guard(config: SecureConfig, name: str, share: float, check: Callable[[SyncPlan], None]) -> Guard:
+    """A region's door; what it must not forget is in `NAME.journal`, what it allows is what the job says.
+
+    Args:
+        config: of the job.
+        name: of the region.
+        share: of the weight.
+        check: raises for a plan that is not for what the region holds.
+
+    Raises:
+        SecurityError: names the file that is missing or wrong.
+    """
+    folder = _folder(config)
+    identity, roster = Keyring(folder).load(name), _roster(folder)
+
+    def allowed(plan: SyncPlan) -> None:
+        if plan.roster != roster.hash.hex():
+            raise KeyFileError(
+                f"{folder / ROSTER}: its hash is {roster.hash.hex()[:12]}, the plan is for roster {plan.roster[:12]}"
+            )
+        _check(config, plan)
+        check(plan)
+
+    return Guard(Member(identity, roster, Journal(folder / f"{name}.journal", name), allowed), share)
+
+
+def _check(config: SecureConfig, plan: SyncPlan) -> None:
+    """Refuse a plan that asks for less than the job promises."""
+    needed = config.threshold(len(plan.cohort))
+    if plan.threshold < needed:
+        raise PolicyError(
+            f"plan of round {plan.round}: threshold {plan.threshold} of {len(plan.cohort)} regions, expected at least "
+            f"{needed} with {config.colluders} that may collude"
+        )
+    if plan.minimum < config.survivors or len(plan.cohort) < config.survivors:
+        raise PolicyError(
+            f"plan of round {plan.round}: a sum of {min(plan.minimum, len(plan.cohort))} of {len(plan.cohort)} regions "
+            f"could be opened, expected at least {config.survivors}"
+        )
+
+
+def _folder(config: SecureConfig) -> Path:
+    return Path(config.keys).expanduser() if config.keys else default_folder()
+
+
+def _roster(folder: Path) -> Roster:
+    return Roster.load(folder / ROSTER)

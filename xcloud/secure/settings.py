@@ -1,0 +1,39 @@
+"""The job's section `secure_aggregation`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from xcloud.secure.member import threshold
+
+__all__ = ["SecureConfig"]
+
+
+class SecureConfig(BaseModel):
+    """Secure aggregation: updates leave a region masked, and only their sum is ever opened.
+
+    Attributes:
+        keys: folder with the roster and, on each machine, the private key of who runs there; null: keys are made for
+            this run, which protects nobody from whoever started it.
+        colluders: regions that may work together with the aggregator (c).
+        minimum: fewest regions whose sum may be opened; null: 3, or colluders + 2 if that is more.
+        allow_two: let two regions merge, though each then learns the other's update from the sum.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: str | None = None
+    colluders: Annotated[int, Field(ge=0)] = 0
+    minimum: Annotated[int, Field(ge=2)] | None = None
+    allow_two: bool = False
+
+    @property
+    def survivors(self) -> int:
+        """Fewest regions whose sum is opened."""
+        return self.minimum or max(2 if self.allow_two else 3, self.colluders + 2)
+
+    def threshold(self, cohort: int) -> int:
+        """Regions without which nothing is opened."""
+        return threshold(cohort, self.colluders)
