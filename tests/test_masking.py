@@ -14,7 +14,7 @@ from tests.merging import LAYOUT, LocalCrew, Store, encodings, job_of, noise
 from tests.strategies import report
 from xcloud.aggregation import Aggregation
 from xcloud.config import JobConfig
-from xcloud.errors import MessageError, RegionError, SecurityError
+from xcloud.errors import MessageError, PolicyError, RegionError, SecurityError
 from xcloud.manifest import ChunkLayout
 from xcloud.masking import MaskedAggregation
 from xcloud.messages import RoundPlan
@@ -61,7 +61,9 @@ class World:
         self.names = [region.name for region in self.job.regions]
         make_keys(folder / "keys", self.names)
         self.config, self.layout, self.store = secure, tuple(layout), Store()
-        self.guards = {name: open_guard(secure, name, 1.0, lambda plan: None) for name in self.names}
+        self.guards = {
+            name: open_guard(secure, name, 1.0, self.job.ring_bits, lambda plan: None) for name in self.names
+        }
         self.adding, self.capacity = Adding(self.job, self.store), 45_000  # bytes of a part: a few chunks
         identity, roster = open_driver(secure)
         self.merging = MaskedAggregation(self.job, self.adding, identity, roster, roster.hash.hex())
@@ -274,12 +276,27 @@ def test_a_driver_that_starts_again_uses_a_later_start(world: World) -> None:
     assert encodings(world.store, total, handles) == world.exact(updates)
 
 
+def test_a_region_of_its_own_policy_stays_out(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    (tmp_path / "keys" / "r3.policy.yaml").write_text(
+        "version: 1\njobs: any\nmodels: any\nminimum_cohort: 5\n"
+    )
+    world.guards["r3"]._member.memory.close()  # type: ignore[attr-defined]
+    world.guards["r3"] = open_guard(world.config, "r3", 1.0, world.job.ring_bits, lambda plan: None)
+    updates = {name: update for name, update in updates_of(world).items() if name != "r3"}
+    total, handles = world.play(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+    signed = world.merging._signed(world.plan(number=9), world.names).to_wire()
+    with pytest.raises(PolicyError, match="minimum_cohort"):
+        world.guards["r3"].answer("open", 9, signed)
+
+
 def test_a_region_remembers_over_a_restart(world: World) -> None:
     updates = updates_of(world)
     world.play(updates)
     guard = world.guards["r0"]
     guard._member.memory.close()  # type: ignore[attr-defined]
-    world.guards["r0"] = open_guard(world.config, "r0", 1.0, lambda plan: None)
+    world.guards["r0"] = open_guard(world.config, "r0", 1.0, world.job.ring_bits, lambda plan: None)
     with pytest.raises(SecurityError, match="a plan is not replayed"):
         world.guards["r0"].answer("open", 1, world.merging._signed(world.plan(), world.names).to_wire())
 

@@ -329,6 +329,13 @@ class JobConfig(_Section):
             )
 
     @property
+    def ring_bits(self) -> int:
+        """Bits of the integers that are added under masks."""
+        ring = ring_of(self.codec.build(), 1, Frame(members=len(self.regions)))
+        assert ring is not None, "asked of masked jobs only"
+        return ring.width
+
+    @property
     def update_digest(self) -> str:
         """What makes an update the integers that it is: equal in all regions that are added."""
         return digest(

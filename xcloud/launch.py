@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 from xcloud.aggregation import AggregatorHandle, ClusterAggregation
 from xcloud.checkpoint import CheckpointStore
@@ -41,7 +42,7 @@ def train(
     store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
     record = find_commit(job, store, run_dir, resume)
     keep_job(job, run_dir)
-    job = with_keys(job, run_dir, log)
+    given, job = job, with_keys(job, run_dir)
     log.rewind(record.round if record else 0)
     names = [region.name for region in job.regions]
     with ray_session(address, job.cpus) as session:
@@ -60,6 +61,9 @@ def train(
         merging: AggregatorHandle = aggregator
         if job.secure_aggregation is not None:
             merging = masked(job, aggregator, job.secure_aggregation)
+            log.event(
+                "secure_aggregation", **promise(job.secure_aggregation, len(names), made=job is not given)
+            )
 
         def build(name: str) -> ClusterRegion:
             return ClusterRegion(
@@ -83,14 +87,13 @@ def train(
             fleet.close()
 
 
-def with_keys(job: JobConfig, run_dir: Path, log: RunLog) -> JobConfig:
+def with_keys(job: JobConfig, run_dir: Path) -> JobConfig:
     """The job with keys to mask updates with: its own, or some made for this run."""
     secure = job.secure_aggregation
     if secure is None or secure.keys is not None:
         return job
     folder = (run_dir / "keys").absolute()
     make_keys(folder, [region.name for region in job.regions])
-    log.event("keys_made", path=str(folder))
     return job.model_copy(update={"secure_aggregation": secure.model_copy(update={"keys": str(folder)})})
 
 
@@ -98,3 +101,14 @@ def masked(job: JobConfig, aggregator: ClusterAggregation, secure: SecureConfig)
     """Merges that open nothing but the sum."""
     identity, roster = open_driver(secure)
     return MaskedAggregation(job, aggregator, identity, roster, roster.hash.hex())
+
+
+def promise(secure: SecureConfig, regions: int, made: bool) -> dict[str, Any]:
+    """What holds of a masked run; `made`: whoever starts it holds all keys."""
+    return {
+        "minimum": secure.survivors,
+        "threshold": secure.threshold(regions),
+        "colluders": secure.colluders,
+        "keys": secure.keys,
+        "made": secure.keys if made else None,
+    }

@@ -202,7 +202,9 @@ class Region:
         self.pending: Pending | None = None
         self.guard: Guard | None = None
         if job.secure_aggregation is not None:
-            self.guard = open_guard(job.secure_aggregation, name, share_of(job, name), self._check)
+            self.guard = open_guard(
+                job.secure_aggregation, name, share_of(job, name), job.ring_bits, self._check
+            )
         self._shown = False
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}

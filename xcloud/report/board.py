@@ -50,6 +50,7 @@ class Board:
         self.committed = 0
         self.phase = "starting Ray"
         self.simulation = False
+        self.masked = ""
         self.stopping = False
         self.notices: tuple[str, ...] = ()
         self.began = clock()
@@ -149,6 +150,9 @@ class Board:
 
     def _region_gone(self, event: Event) -> None:
         self._set(event.fields["region"], "gone", event)
+
+    def _secure_aggregation(self, event: Event) -> None:
+        self.masked = event_line(event) or ""
 
     def _region_late(self, event: Event) -> None:
         self._set(event.fields["region"], "late", event)

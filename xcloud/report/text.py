@@ -31,6 +31,7 @@ NOTICE_KINDS = {
     "region_failed",
     "region_gone",
     "region_late",
+    "region_refused",
     "region_rejoined",
     "round_retried",
     "round_skipped",
@@ -118,6 +119,11 @@ def event_line(event: Event, width: int | None = None) -> str | None:
         return f"{region} is gone for good after {get('restarts')} restarts"
     if event.kind == "region_late":
         return f"{region} missed the deadline of round {number}"
+    if event.kind == "region_refused":
+        return f"{region} is out of the merge of round {number}: {_first_line(get('reason'))}"
+    if event.kind == "secure_aggregation":
+        line = f"masked: sums of at least {get('minimum')} regions are opened, by at least {get('threshold')} of them"
+        return f"{line}; keys made for this run in {get('made')}" if get("made") else line
     if event.kind == "region_rejoined":
         return f"{region} rejoined before round {number}"
     if event.kind == "round_retried":

@@ -81,6 +81,8 @@ class LiveView:
         )
         if board.simulation:
             parts.append(Text(SIMULATION, style="yellow"))
+        if board.masked:
+            parts.append(Text(board.masked, style="green", no_wrap=True, overflow="ellipsis"))
         parts += [self._bar(), self._phase(), Text(""), self._table()]
         parts += [
             Text(f"! {notice}", style="red", no_wrap=True, overflow="ellipsis") for notice in board.notices

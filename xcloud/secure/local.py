@@ -13,6 +13,7 @@ from xcloud.secure.journal import Journal
 from xcloud.secure.keyring import Keyring, default_folder
 from xcloud.secure.member import Member
 from xcloud.secure.messages import SyncPlan
+from xcloud.secure.policy import PlanFacts, Policy
 from xcloud.secure.settings import SecureConfig
 
 __all__ = ["DRIVER", "make_keys", "open_driver", "open_guard"]
@@ -45,13 +46,17 @@ def open_driver(config: SecureConfig) -> tuple[Identity, Roster]:
     return Keyring(folder).load(DRIVER), _roster(folder)
 
 
-def open_guard(config: SecureConfig, name: str, share: float, check: Callable[[SyncPlan], None]) -> Guard:
-    """A region's door; what it must not forget is in `NAME.journal`, what it allows is what the job says.
+def open_guard(
+    config: SecureConfig, name: str, share: float, ring_bits: int, check: Callable[[SyncPlan], None]
+) -> Guard:
+    """A region's door; what it must not forget is in `NAME.journal`, and `NAME.policy.yaml`, if it is there, says what it allows
+    whatever the job says.
 
     Args:
         config: of the job.
         name: of the region.
         share: of the weight.
+        ring_bits: of the integers that are added.
         check: raises for a plan that is not for what the region holds.
 
     Raises:
@@ -59,6 +64,8 @@ def open_guard(config: SecureConfig, name: str, share: float, check: Callable[[S
     """
     folder = _folder(config)
     identity, roster = Keyring(folder).load(name), _roster(folder)
+    path = folder / f"{name}.policy.yaml"
+    policy = Policy.load(path) if path.exists() else None
 
     def allowed(plan: SyncPlan) -> None:
         if plan.roster != roster.hash.hex():
@@ -67,6 +74,9 @@ def open_guard(config: SecureConfig, name: str, share: float, check: Callable[[S
             )
         _check(config, plan)
         check(plan)
+        if policy is not None:
+            # After the first round `check` has compared the model with the one that the region holds.
+            policy.check(_facts(plan, ring_bits), own_model=plan.model if plan.round > 1 else None)
 
     return Guard(Member(identity, roster, Journal(folder / f"{name}.journal", name), allowed), share)
 
@@ -84,6 +94,19 @@ def _check(config: SecureConfig, plan: SyncPlan) -> None:
             f"plan of round {plan.round}: a sum of {min(plan.minimum, len(plan.cohort))} of {len(plan.cohort)} regions "
             f"could be opened, expected at least {config.survivors}"
         )
+
+
+def _facts(plan: SyncPlan, ring_bits: int) -> PlanFacts:
+    return PlanFacts(
+        job=plan.job,
+        round=plan.round,
+        protection="secure_aggregation",
+        cohort=plan.cohort,
+        model=plan.model,
+        threshold=plan.threshold,
+        minimum_survivors=plan.minimum,
+        ring_bits=ring_bits,
+    )
 
 
 def _folder(config: SecureConfig) -> Path:

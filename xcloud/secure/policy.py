@@ -8,6 +8,7 @@ Thresholds follow Bonawitz et al. 2017 (eprint 2017/281) against a malicious ser
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -30,7 +31,7 @@ Unit = Literal["example", "region"]
 
 _RANK: dict[Protection, int] = {"none": 0, "envelope": 1, "secure_aggregation": 2}
 
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hash = Annotated[str, Field(pattern=r"^([0-9a-f]{32}){1,2}$")]
 
 
 def minimum_survivors(colluders: int, two_regions: bool = False) -> int:
@@ -56,7 +57,7 @@ class PlanFacts:
 
     Attributes:
         cohort: names of the regions that take part.
-        model: SHA-256 of the model that the round starts from, as 64 hexadecimal digits.
+        model: digest of the model that the round starts from, in hexadecimal digits.
         threshold, minimum_survivors, ring_bits: of secure aggregation; None without it.
         privacy: None where nothing is private.
     """
@@ -100,7 +101,7 @@ class _Rules(_Section):
     minimum_cohort: Annotated[int, Field(ge=2)] = 3
     colluders: Annotated[int, Field(ge=0)] = 0
     two_regions: bool = False
-    smallest_ring: Annotated[int, Field(ge=2, le=64)] = 16
+    smallest_ring: Annotated[int, Field(ge=2, le=64)] = 2
     last_round: Annotated[int, Field(ge=1)] | None = None
     privacy: _Budget | None = None
 
@@ -162,8 +163,8 @@ class Policy:
 
         Args:
             facts: what the plan asks for.
-            own_model: the model that this region has itself computed in the round before. The plan must start from it.
-                None in a region's first round: then `models` decides.
+            own_model: the model that this region holds from the round before. The plan must start from it.
+                None in the first round of a job: then `models` decides.
 
         Raises:
             PolicyError: names the file, the key, what was asked for and what is allowed.
@@ -216,9 +217,7 @@ class Policy:
     def _check_model(self, model: str, own_model: str | None) -> None:
         if own_model is not None:
             if model != own_model:
-                self._refuse(
-                    "models", f"model {model}", f"{own_model}, which this region has computed itself"
-                )
+                self._refuse("models", f"model {model}", f"{own_model}, which this region holds")
         elif self._models is not None and model not in self._models:
             self._refuse("models", f"model {model}", f"the {len(self._models)} that the policy lists")
 
@@ -269,12 +268,12 @@ def _models(rules: _Rules, folder: Path) -> frozenset[str] | None:
     found = set()
     for number, line in enumerate(lines, start=1):
         digits = line.partition("#")[0].strip()
-        if digits and not (len(digits) == 64 and set(digits) <= set("0123456789abcdef")):
+        if digits and not re.fullmatch("([0-9a-f]{32}){1,2}", digits):
             raise PolicyError(
-                f"{path}: line {number}: expected a SHA-256, 64 hexadecimal digits in lower case"
+                f"{path}: line {number}: expected a model's digest, 32 or 64 hexadecimal digits in lower case"
             )
         if digits:
             found.add(digits)
     if not found:
-        raise PolicyError(f"{path}: names no model; expected a SHA-256 a line")
+        raise PolicyError(f"{path}: names no model; expected a digest a line")
     return frozenset(found)
