@@ -37,11 +37,12 @@ test: $(VENV)/.installed-dev  ## set up (once) and run the tests
 test-all: $(VENV)/.installed-dev  ## the tests, slow ones included
 	@$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
-check: $(VENV)/.installed-dev  ## lint, format, types, layers
+check: $(VENV)/.installed-dev  ## lint, format, types, layers, security lint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --output-format concise .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml xcloud
 
 fix: $(VENV)/.installed-dev  ## fix what the linter and the formatter can
 	@$(BIN)/ruff check --fix .

@@ -407,7 +407,7 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
 def parse_job(text: str, overrides: Iterable[str] = (), origin: str = "job") -> JobConfig:
     """Like `load_job`, from YAML text; `origin` names it in errors."""
     try:
-        raw = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a SafeLoader subclass
+        raw = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a SafeLoader subclass  # nosec B506
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -447,7 +447,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {override!r}: expected path=value, for example inner.steps=50")
     try:
-        value = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a SafeLoader subclass
+        value = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a SafeLoader subclass  # nosec B506
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
     node: Any = raw

@@ -31,7 +31,8 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str) -> None:
         local = os.path.expanduser(path)
         try:
-            self._inner: Any = AutoTokenizer.from_pretrained(local, trust_remote_code=False)
+            # A hub id is the user's choice and is not pinned; no code comes with it.
+            self._inner: Any = AutoTokenizer.from_pretrained(local, trust_remote_code=False)  # nosec B615
         # A folder of the wrong shape surfaces as almost any type from transformers' class lookup.
         except Exception as error:
             raise ModelError(

@@ -146,7 +146,7 @@ class Policy:
     def parse(cls, data: bytes, origin: str, folder: Path) -> Policy:
         """Like `load`, from YAML; `origin` names it in errors."""
         try:
-            raw = yaml.load(data, Loader=PlainLoader)  # noqa: S506 - a SafeLoader subclass
+            raw = yaml.load(data, Loader=PlainLoader)  # noqa: S506 - a SafeLoader subclass  # nosec B506
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as problem:
             raise PolicyError(f"{origin}: not valid YAML: {' '.join(str(problem).split())}") from None
         if not isinstance(raw, dict):
