@@ -230,7 +230,9 @@ def whole_sync(count: int, numbers: np.random.Generator) -> tuple[bool, float]:
         )
         driver = Keyring(path).load("driver")
         members = {
-            name: Member(Keyring(path).load(name), roster, Journal(path / f"{name}.journal"), lambda _: None)
+            name: Member(
+                Keyring(path).load(name), roster, Journal(path / f"{name}.journal", name), lambda _: None
+            )
             for name in names
         }
         plan = SyncPlan(

@@ -56,7 +56,7 @@ def make(
         words=("send", "keep"),
     )
     _next_commands(
-        "xcloud keys roster make roster.json --driver DRIVER.pub --aggregator AGGREGATOR.pub REGION.pub...",
+        "xcloud keys roster make roster.json --driver driver.pub REGION.pub...",
         who="whoever keeps the roster",
     )
 
@@ -220,11 +220,10 @@ def _next_roster(path: Path, made: Roster) -> None:
         "the file to every party; nothing in it is secret",
         words=("compare", "send"),
     )
-    for role in ("driver", "aggregator"):
-        if role not in {member.role for member in made.members}:
-            _next_commands(
-                f"xcloud keys roster add {_files([path])} NAME.pub --role {role}  (there is none yet)"
-            )
+    if not made.names("driver"):
+        _next_commands(
+            f"xcloud keys roster add {_files([path])} driver.pub --role driver  (there is none yet)"
+        )
 
 
 def _in_rows(value: bytes) -> str:

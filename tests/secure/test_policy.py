@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tests.strategies import damaged, quick
 from xcloud.errors import PolicyError
 from xcloud.secure.files import LIMIT
-from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts, minimum_survivors, threshold
+from xcloud.secure.member import threshold
+from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts, minimum_survivors
 
-A, B, C = "a" * 64, "b" * 64, "c" * 64
+A, B, C = "a" * 64, "b" * 32, "c" * 64
 
 TEXT = f"""
 version: 1
@@ -137,7 +138,7 @@ def test_a_refusal_names_file_key_asked_and_allowed(
 def test_after_its_first_round_a_region_goes_on_from_its_own_model_only() -> None:
     """Listed or not: an older model, or one made for this region, would show what its data does to it."""
     policy().check(replace(FACTS, model=C), own_model=C)
-    with pytest.raises(PolicyError, match=f"models: .*{A}; .*{C}, which this region has computed itself"):
+    with pytest.raises(PolicyError, match=f"models: .*{A}; .*{C}, which this region holds"):
         policy().check(replace(FACTS, model=A), own_model=C)
 
 
@@ -185,8 +186,8 @@ def test_models_may_stand_in_a_file_beside_the_policy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (A.upper().encode(), "line 1: expected a SHA-256"),
-        (f"{A}\nabc".encode(), "line 2: expected a SHA-256"),
+        (A.upper().encode(), "line 1: expected a model's digest"),
+        (f"{A}\nabc".encode(), "line 2: expected a model's digest"),
         (b"# nothing\n", "names no model"),
         (b"\xff\xfe", "not text"),
         (b"\n" * (LIMIT + 1), "longer than"),

@@ -1,57 +1,135 @@
 """What a region must remember over a crash, or it could be made to say twice what is safe to say once.
 
-A file of JSON lines, each written and synced to the disk before the word that it is about is given. The last line may be
-torn by a crash: it was never acted on, and is cut off. Any other damage is an error. One process at a time holds the
-file's lock.
+Three promises rest on it (`secure.member.Memory`). A plan is taken up once, and never one before the last. One set of survivors is
+signed for each plan: with signatures over two, an aggregator could have both secrets of a region opened. Shares are given
+away once for a plan, and to one set of survivors in each round: the difference of two sums would be somebody's update.
+(Bonawitz et al. 2017, eprint 2017/281, section 6.2.)
+
+The file has one line for each promise: a chained checksum, a space, JSON. A line is on the disk before the call returns, so
+before anything is sent. A last line without its end was being written in a crash, so nothing was sent for it, and it is
+cut off. Anything else that does not fit is an error: a region that has forgotten must not go on. The checksum finds
+accidents; against somebody who can write the file nothing here helps.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xcloud.errors import JournalError, ReplayError
+from xcloud.secure.files import check_private, explain, parse_json, sync_folder
 
 __all__ = ["Journal"]
 
-VERSION = 1
+LINE_BYTES = 1 << 20
+"""A line has at most so many; a longer one is damage, and is not read into memory."""
+SUM_DIGITS = 32
+
+Text = Annotated[str, Field(min_length=1, max_length=256)]
+Number = Annotated[int, Field(ge=0, lt=1 << 63)]
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{2,128}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Begin(_Entry):
+    """The first line."""
+
+    kind: Literal["begin"] = "begin"
+    version: Literal[1] = 1
+    region: Text
+
+
+class _Accept(_Entry):
+    kind: Literal["accept"] = "accept"
+    job: Text
+    start: Number
+    round: Number
+    attempt: Number
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return self.start, self.round, self.attempt
+
+
+class _Agree(_Entry):
+    kind: Literal["agree"] = "agree"
+    plan: Hex
+    survivors: Hex
+
+
+class _Unmask(_Entry):
+    kind: Literal["unmask"] = "unmask"
+    job: Text
+    round: Number
+    plan: Hex
+    names: Annotated[tuple[Text, ...], Field(strict=False, max_length=4096)]
+
+
+_Promise = _Accept | _Agree | _Unmask
+
+
+class _Line(_Entry):
+    """What stands behind the checksum."""
+
+    entry: Annotated[_Begin | _Accept | _Agree | _Unmask, Field(discriminator="kind")]
 
 
 class Journal:
-    """The memory of one region (`secure.member.Memory`).
+    """The memory of one region, in a file that one process at a time may use.
 
     Args:
-        path: of the file, made with mode 0600 if it is not there.
+        path: the file; made for its owner alone if there is none. Its folder exists.
+        region: whose memory it is.
 
     Raises:
-        JournalError: another process has it open, others may read it, or it is damaged; names the file.
+        JournalError: it is open to others, in use, another region's, damaged, or cannot be read; names the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, region: str) -> None:
         self.path = path
-        self._last: dict[str, tuple[int, int, int]] = {}
-        self._agreed: dict[str, str] = {}
-        self._opened: dict[tuple[str, int], list[str]] = {}
-        self._given: set[str] = set()
+        self.region = region
+        self._last: dict[str, tuple[int, int, int]] = {}  # by job
+        self._agreed: dict[str, str] = {}  # by plan
+        self._given: set[str] = set()  # plans
+        self._opened: dict[tuple[str, int], tuple[str, ...]] = {}  # by job and round
+        self._sum = b""
+        self._torn = False
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise JournalError(f"{path}: cannot be opened: {error.strerror}") from None
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as problem:
+            raise JournalError(f"{path}: cannot be opened: {problem.strerror}") from None
         try:
             self._take()
-        except BaseException:
-            os.close(self._file)
+            self._replay()
+            sync_folder(path.parent)  # it may be new there
+        except BaseException:  # whatever it was, the lock must not stay
+            self.close()
             raise
 
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Let the file go."""
-        os.close(self._file)
+        """Let another process have the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def last_start(self, job: str) -> int:
         """The latest start of a job of which a plan was taken up; 0: none."""
@@ -62,92 +140,150 @@ class Journal:
 
         Raises:
             ReplayError: it is one of these.
+            JournalError: it cannot be written down.
         """
-        last = self._last.get(job, (0, 0, 0))
-        if (start, round, attempt) <= last:
-            raise ReplayError(
-                f"round {round}, attempt {attempt} of start {start} of job {job!r} was taken up before, or comes before "
-                f"round {last[1]}, attempt {last[2]} of start {last[0]} ({self.path}); a plan is not replayed"
-            )
-        self._write(kind="accept", job=job, start=start, round=round, attempt=attempt)
+        self._promise(_Accept, job=job, start=start, round=round, attempt=attempt)
 
     def agree(self, plan: bytes, survivors: bytes) -> None:
-        """These are the survivors that it signs for; no others for the same plan.
+        """These are the survivors that it signs for; no others for the same plan. The same again changes nothing.
 
         Raises:
             ReplayError: it has signed others.
+            JournalError: it cannot be written down.
         """
-        chosen = hashlib.sha256(survivors).hexdigest()
-        before = self._agreed.get(plan.hex())
-        if before not in (None, chosen):
-            raise ReplayError(f"it has signed other survivors for this plan before ({self.path})")
-        if before is None:
-            self._write(kind="agree", plan=plan.hex(), survivors=chosen)
+        self._promise(_Agree, plan=plan.hex(), survivors=hashlib.sha256(survivors).hexdigest())
 
     def unmask(self, job: str, round: int, plan: bytes, names: Sequence[str]) -> None:
         """It gives its shares away: once for a plan, and for one set of survivors in each round of a job.
 
         Raises:
             ReplayError: it has done so before.
+            JournalError: it cannot be written down.
         """
-        if plan.hex() in self._given:
-            raise ReplayError(f"it has given its shares for round {round} of {job!r} already ({self.path})")
-        before = self._opened.get((job, round))
-        if before is not None and before != list(names):
+        self._promise(_Unmask, job=job, round=round, plan=plan.hex(), names=tuple(names))
+
+    def _promise(self, kind: type[_Promise], **fields: object) -> None:
+        try:
+            entry = kind.model_validate(fields)
+        except ValidationError as problem:
+            raise JournalError(f"{self.path}: {explain(problem)}") from None
+        if self._is_new(entry):
+            self._write(entry)
+            self._remember(entry)
+
+    def _is_new(self, entry: _Promise) -> bool:
+        """Whether a promise was not made yet. Raises ReplayError where it contradicts one that was."""
+        if isinstance(entry, _Accept):
+            self._check_order(entry)
+            return True
+        if isinstance(entry, _Agree):
+            before = self._agreed.get(entry.plan)
+            if before not in (None, entry.survivors):
+                raise ReplayError(f"it has signed other survivors for this plan before ({self.path})")
+            return before is None
+        self._check_given(entry)
+        return True
+
+    def _check_order(self, entry: _Accept) -> None:
+        last = self._last.get(entry.job, (0, 0, 0))
+        if entry.place <= last:
             raise ReplayError(
-                f"it has given its shares for round {round} of {job!r} to other survivors ({', '.join(before)}); "
+                f"round {entry.round}, attempt {entry.attempt} of start {entry.start} of job {entry.job!r} was taken up "
+                f"before, or comes before round {last[1]}, attempt {last[2]} of start {last[0]} ({self.path}); "
+                "a plan is not replayed"
+            )
+
+    def _check_given(self, entry: _Unmask) -> None:
+        what = f"it has given its shares for round {entry.round} of {entry.job!r}"
+        if entry.plan in self._given:
+            raise ReplayError(f"{what} already ({self.path})")
+        before = self._opened.get((entry.job, entry.round))
+        if before not in (None, entry.names):
+            raise ReplayError(
+                f"{what} to other survivors ({', '.join(before or ())}); "
                 f"the difference of the two sums would be somebody's update ({self.path})"
             )
-        self._write(kind="unmask", job=job, round=round, plan=plan.hex(), names=list(names))
 
-    # -- the file -------------------------------------------------------------------------
+    def _remember(self, entry: _Promise) -> None:
+        if isinstance(entry, _Accept):
+            self._last[entry.job] = entry.place
+        elif isinstance(entry, _Agree):
+            self._agreed[entry.plan] = entry.survivors
+        else:
+            self._given.add(entry.plan)
+            self._opened[entry.job, entry.round] = entry.names
+
+    # -- the file
 
     def _take(self) -> None:
+        status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            raise JournalError(f"{self.path}: not a regular file")
+        check_private(self.path, status, JournalError)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise JournalError(
-                f"{self.path}: another process of this region has it open; end that first"
+                f"{self.path}: another process of region {self.region} has it open; end that first"
             ) from None
-        mode = stat.S_IMODE(os.fstat(self._file).st_mode)
-        if mode & 0o077:
-            raise JournalError(
-                f"{self.path}: others may read or write it (mode {mode:04o}); chmod 600 {self.path}"
-            )
-        text = b""
-        while piece := os.read(self._file, 1 << 20):
-            text += piece
-        lines = text.split(b"\n")
-        torn = lines.pop()
-        for number, line in enumerate(lines, start=1):
-            try:
-                self._remember(json.loads(line))
-            except (ValueError, TypeError, KeyError) as error:
-                raise JournalError(f"{self.path}: line {number} is damaged: {error}") from None
-        if torn:
-            os.ftruncate(self._file, len(text) - len(torn))
+
+    def _replay(self) -> None:
+        """Read what is there, cut off a last line that was never finished, and begin a new file."""
+        good = number = 0
+        with open(self._file, "rb", closefd=False) as file:
+            while (line := file.readline(LINE_BYTES + 1)).endswith(b"\n"):
+                number += 1
+                self._replay_line(line[:-1], number)
+                good += len(line)
+        if len(line) > LINE_BYTES:
+            raise JournalError(f"{self.path}: line {number + 1} is longer than {LINE_BYTES} bytes: damaged")
+        if line:
+            os.ftruncate(self._file, good)
             os.fsync(self._file)
-        os.lseek(self._file, 0, os.SEEK_END)
+        if not good:
+            self._write(_Begin(region=self.region))
 
-    def _write(self, **entry: Any) -> None:
-        line = json.dumps({"version": VERSION, **entry}, separators=(",", ":")).encode() + b"\n"
-        while line:
-            line = line[os.write(self._file, line) :]
-        os.fsync(self._file)
-        self._remember({"version": VERSION, **entry})
+    def _replay_line(self, line: bytes, number: int) -> None:
+        where = f"{self.path}: line {number}"
+        found, space, body = line.partition(b" ")
+        if not space or found != self._next_sum(body):
+            raise JournalError(
+                f"{where} is damaged, so the region cannot know what it has signed. "
+                "Restore the file, or give the region a new name and key"
+            )
+        self._sum = found
+        entry = parse_json(_Line, body, where, JournalError).entry
+        if isinstance(entry, _Begin) != (number == 1):
+            raise JournalError(f"{where}: expected {'the' if number == 1 else 'no'} beginning")
+        if isinstance(entry, _Begin):
+            if entry.region != self.region:
+                raise JournalError(
+                    f"{self.path}: the journal of region {entry.region}; expected {self.region}"
+                )
+            return
+        try:
+            self._is_new(entry)
+        except ReplayError as problem:
+            raise JournalError(f"{where} contradicts an earlier one: {problem}") from None
+        self._remember(entry)
 
-    def _remember(self, entry: dict[str, Any]) -> None:
-        if entry["version"] != VERSION:
-            raise ValueError(f"expected an entry of version {VERSION}")
-        kind = entry["kind"]
-        if kind == "accept":
-            at = tuple(int(entry[key]) for key in ("start", "round", "attempt"))
-            self._last[str(entry["job"])] = at[0], at[1], at[2]
-        elif kind == "agree":
-            self._agreed[str(entry["plan"])] = str(entry["survivors"])
-        elif kind == "unmask":
-            names = [str(name) for name in entry["names"]]
-            self._opened[str(entry["job"]), int(entry["round"])] = names
-            self._given.add(str(entry["plan"]))
-        else:
-            raise ValueError(f"no kind of entry {kind!r}")
+    def _write(self, entry: _Begin | _Promise) -> None:
+        if self._torn or self._file < 0:
+            raise JournalError(f"{self.path}: closed, or a write failed before; open it anew")
+        body = _Line(entry=entry).model_dump_json().encode()
+        line = self._next_sum(body) + b" " + body + b"\n"
+        if len(line) > LINE_BYTES:
+            raise JournalError(f"{self.path}: an entry of {len(line)} bytes; expected {LINE_BYTES} at most")
+        self._torn = True  # until it is whole, and on the disk; else only reading it again tells
+        try:
+            rest = line
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
+        except OSError as problem:
+            raise JournalError(f"{self.path}: cannot be written: {problem}") from None
+        self._torn = False
+        self._sum = self._next_sum(body)
+
+    def _next_sum(self, body: bytes) -> bytes:
+        return hashlib.sha256(self._sum + b" " + body).hexdigest()[:SUM_DIGITS].encode()

@@ -73,11 +73,12 @@ def open_guard(
                 f"{folder / ROSTER}: its hash is {roster.hash.hex()[:12]}, the plan is for roster {plan.roster[:12]}"
             )
         _check(config, plan)
-        if policy is not None:
-            policy.check(_facts(plan, ring_bits))
         check(plan)
+        if policy is not None:
+            # After the first round `check` has compared the model with the one that the region holds.
+            policy.check(_facts(plan, ring_bits), own_model=plan.model if plan.round > 1 else None)
 
-    return Guard(Member(identity, roster, Journal(folder / f"{name}.journal"), allowed), share)
+    return Guard(Member(identity, roster, Journal(folder / f"{name}.journal", name), allowed), share)
 
 
 def _check(config: SecureConfig, plan: SyncPlan) -> None:

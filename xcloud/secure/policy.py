@@ -3,12 +3,12 @@
 A plan is signed by the driver, and the driver may be wrong, or not honest. So a region checks every plan against a
 file of its own before it does anything. The file is strict YAML; `docs/security.md` explains each key.
 
-Thresholds follow Bonawitz et al. 2017 (eprint 2017/281) against a malicious server: with n regions of which c work
-together with the server, two sets of t survivors must share an honest region, so 2t > n + c.
+Thresholds follow Bonawitz et al. 2017 (eprint 2017/281) against a malicious server (`secure.member.threshold`).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from xcloud.errors import PolicyError
 from xcloud.registry import nearest
 from xcloud.secure.files import explain, read_file
+from xcloud.secure.member import threshold
 from xcloud.strict_yaml import PlainLoader
 
-__all__ = ["PlanFacts", "Policy", "PrivacyFacts", "Protection", "minimum_survivors", "threshold"]
+__all__ = ["PlanFacts", "Policy", "PrivacyFacts", "Protection", "minimum_survivors"]
 
 Protection = Literal["none", "envelope", "secure_aggregation"]
 """Who can read a single region's update: anybody on the way, the aggregator, nobody. Each includes the one before."""
@@ -31,11 +32,6 @@ Unit = Literal["example", "region"]
 _RANK: dict[Protection, int] = {"none": 0, "envelope": 1, "secure_aggregation": 2}
 
 Hash = Annotated[str, Field(pattern=r"^([0-9a-f]{32}){1,2}$")]
-
-
-def threshold(regions: int, colluders: int) -> int:
-    """The smallest t with 2t > n + c: how many shares open a secret, and how many must agree on the survivors."""
-    return (regions + colluders) // 2 + 1
 
 
 def minimum_survivors(colluders: int, two_regions: bool = False) -> int:
@@ -61,7 +57,7 @@ class PlanFacts:
 
     Attributes:
         cohort: names of the regions that take part.
-        model: SHA-256 of the model that the round starts from, as 64 hexadecimal digits.
+        model: digest of the model that the round starts from, in hexadecimal digits.
         threshold, minimum_survivors, ring_bits: of secure aggregation; None without it.
         privacy: None where nothing is private.
     """
@@ -167,8 +163,8 @@ class Policy:
 
         Args:
             facts: what the plan asks for.
-            own_model: the model that this region has itself computed in the round before. The plan must start from it.
-                None in a region's first round: then `models` decides.
+            own_model: the model that this region holds from the round before. The plan must start from it.
+                None in the first round of a job: then `models` decides.
 
         Raises:
             PolicyError: names the file, the key, what was asked for and what is allowed.
@@ -221,9 +217,7 @@ class Policy:
     def _check_model(self, model: str, own_model: str | None) -> None:
         if own_model is not None:
             if model != own_model:
-                self._refuse(
-                    "models", f"model {model}", f"{own_model}, which this region has computed itself"
-                )
+                self._refuse("models", f"model {model}", f"{own_model}, which this region holds")
         elif self._models is not None and model not in self._models:
             self._refuse("models", f"model {model}", f"the {len(self._models)} that the policy lists")
 
@@ -274,12 +268,12 @@ def _models(rules: _Rules, folder: Path) -> frozenset[str] | None:
     found = set()
     for number, line in enumerate(lines, start=1):
         digits = line.partition("#")[0].strip()
-        if digits and not (len(digits) == 64 and set(digits) <= set("0123456789abcdef")):
+        if digits and not re.fullmatch("([0-9a-f]{32}){1,2}", digits):
             raise PolicyError(
-                f"{path}: line {number}: expected a SHA-256, 64 hexadecimal digits in lower case"
+                f"{path}: line {number}: expected a model's digest, 32 or 64 hexadecimal digits in lower case"
             )
         if digits:
             found.add(digits)
     if not found:
-        raise PolicyError(f"{path}: names no model; expected a SHA-256 a line")
+        raise PolicyError(f"{path}: names no model; expected a digest a line")
     return frozenset(found)
