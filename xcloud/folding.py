@@ -327,6 +327,12 @@ class Folder:
         total: Bytes | None = None
         for update, reader in zip(sent, readers, strict=True):
             data = self._fetched(update, reader, chunk)
+            ring = ring_of(self.codec, length, frame)
+            if ring is not None and data.nbytes != ring.size:
+                raise RegionError(
+                    update.name,
+                    f"chunk {chunk} of its update ({length} values) has {data.nbytes} bytes, expected {ring.size}",
+                )
             if update.hashes:
                 _signed(update, chunk, data)
             if total is None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from xcloud.codecs import Ring, ring_add
 from xcloud.secure import masks
-from xcloud.secure.masks import LANES, Masker
+from xcloud.secure.masks import Masker
 from xcloud.secure.primitives import Keystream
 
 KEYS = tuple(bytes([i]) * 32 for i in range(5))
@@ -39,8 +39,9 @@ def masked_zeros(key: bytes, chunk: int, size: int) -> bytes:
     piece=st.sampled_from([64, 512, 1 << 17]),
 )
 def test_masks_come_off_again(width: int, blocks: int, rest: int, piece: int) -> None:
-    ring = Ring(front=4 * blocks, width=width)
-    plain = np.random.default_rng(width).integers(0, 256, ring.front + 64 * width * blocks + rest, np.uint8)
+    size = 4 * blocks + 64 * width * blocks + rest
+    ring = Ring(size, front=4 * blocks, width=width)
+    plain = np.random.default_rng(width).integers(0, 256, size, np.uint8)
     data = plain.copy()
     masker = Masker(KEYS[:2], KEYS[2:])
     before, masks.PIECE = masks.PIECE, piece
@@ -59,7 +60,7 @@ def test_masks_come_off_again(width: int, blocks: int, rest: int, piece: int) ->
 
 @pytest.mark.parametrize("width", [2, 3, 5, 8, 11, 16, 64])
 def test_pair_masks_cancel_in_the_sum(width: int) -> None:
-    ring = Ring(front=8, width=width)
+    ring = Ring(8 + 8 * width * 3, front=8, width=width)
     numbers = np.random.default_rng(width)
     plain = [numbers.integers(0, 256, 8 + 8 * width * 3, np.uint8) for _ in range(3)]
     pairs = {(0, 1): KEYS[0], (0, 2): KEYS[1], (1, 2): KEYS[2]}
@@ -76,7 +77,7 @@ def test_pair_masks_cancel_in_the_sum(width: int) -> None:
 
 
 def test_every_chunk_has_a_stream_of_its_own() -> None:
-    one, two = np.zeros(4096, np.uint8), np.zeros(4096, np.uint8)
-    Masker(KEYS[:1]).apply(one, 0, LANES)
-    Masker(KEYS[:1]).apply(two, 1, LANES)
+    one, two, ring = np.zeros(4096, np.uint8), np.zeros(4096, np.uint8), Ring(4096, 0, 8)
+    Masker(KEYS[:1]).apply(one, 0, ring)
+    Masker(KEYS[:1]).apply(two, 1, ring)
     assert np.mean(one == two) < 0.03

@@ -55,7 +55,8 @@ class Fixed:
 
     def ring(self, length: int, frame: Frame) -> Ring:
         """Levels, then packed integers."""
-        return Ring(kernels.LEVEL_BYTES * kernels.blocks(length), self.width(frame.members))
+        front, width = kernels.LEVEL_BYTES * kernels.blocks(length), self.width(frame.members)
+        return Ring(front + kernels.packed_bytes(kernels.slots(length, self.rotated), width), front, width)
 
     def encode(self, values: Array, frame: Frame) -> Bytes:
         return kernels.encode_integers(
@@ -71,9 +72,7 @@ class Fixed:
 
     def decode(self, data: Bytes, length: int, frame: Frame) -> Array:
         width = self.width(frame.members)
-        size = kernels.packed_bytes(kernels.slots(length, self.rotated), width)
-        front = kernels.LEVEL_BYTES * kernels.blocks(length)
-        expect_bytes(data, front + size, length, f"{width}-bit integers with levels")
+        expect_bytes(data, self.ring(length, frame).size, length, f"{width}-bit integers with levels")
         steps = self._steps(length, frame)
         return kernels.decode_integers(
             data, length, steps, self.limit(frame.members), width, rotated=self.rotated, shared=frame.shared

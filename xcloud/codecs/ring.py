@@ -22,22 +22,24 @@ class Ring:
     """Unsigned integers that add modulo 2 to the power of their width.
 
     Attributes:
+        size: bytes in all.
         front: bytes of 32-bit integers at the beginning.
         width: bits of the integers after them, packed; one that the last byte cuts short is as wide as what is left of it.
     """
 
+    size: int
     front: int
     width: int
 
-    def pieces(self, size: int, largest: int) -> Iterator[tuple[int, int, int]]:
-        """Cuts of `size` bytes into (start, stop, width), none longer than `largest` bytes or one row of 64 integers,
+    def pieces(self, largest: int) -> Iterator[tuple[int, int, int]]:
+        """Cuts into (start, stop, width), none longer than `largest` bytes or one row of 64 integers,
         each at the border of an integer."""
         for start in range(0, self.front, largest):
             yield start, min(start + largest, self.front), FRONT_WIDTH
         whole = 8 * self.width
         step = max(whole, largest // whole * whole)
-        for start in range(self.front, size, step):
-            yield start, min(start + step, size), self.width
+        for start in range(self.front, self.size, step):
+            yield start, min(start + step, self.size), self.width
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ Bytes = npt.NDArray[np.uint8]
 
 LANE_CHUNK = 1 << 63
 """Index of the chunk that holds the lanes beside the update: never one of the update's own."""
-LANES = Ring(front=0, width=64)
+LANES = Ring(size=24, front=0, width=64)
 """Of that chunk."""
 PIECE = 1 << 17
 """Bytes masked at a time: they stay in cache from the first key to the last."""
@@ -47,10 +47,15 @@ class Masker:
         Args:
             chunk: its index; any rank can mask any chunk.
             ring: what the bytes are.
+
+        Raises:
+            ValueError: they are more or fewer than the ring says.
         """
+        if data.size != ring.size:
+            raise ValueError(f"{data.size} bytes to mask, expected {ring.size}")
         added, taken = ([Keystream(key).of(chunk) for key in keys] for keys in (self.added, self.taken))
         stream = np.empty(min(max(PIECE, 8 * ring.width), data.size), np.uint8)
-        for start, stop, width in ring.pieces(data.size, PIECE):
+        for start, stop, width in ring.pieces(PIECE):
             part, drawn = data[start:stop], stream[: stop - start]
             _add(part, added, drawn, width)
             if taken:  # a - b is not(not a + b)
