@@ -54,7 +54,7 @@ class World:
         self, folder: Path, count: int = 4, layout: Sequence[ChunkLayout] = LAYOUT, **changes: Any
     ) -> None:
         clouds = [f"c{i}" for i in range(count)]
-        secure = SecureConfig(keys=str(folder / "keys"), colluders=0)
+        secure = SecureConfig(keys=str(folder / "keys"), colluders=0, verify=changes.pop("verify", False))
         codec = changes.pop("codec", {"type": "fixed", "bits": 8})
         raw = {"codec": codec, "secure_aggregation": secure.model_dump(), **changes}
         self.job = job_of(clouds, **raw)
@@ -83,9 +83,17 @@ class World:
         self, total: Any, handles: Sequence[Any], result: bytes, names: Sequence[str]
     ) -> dict[str, bytes]:
         found = encodings(self.store, total, handles)
-        hashes = [hashlib.sha256(data).digest() for data in found.values()]
         self.heard.append(result)
-        return self._each("confirm", names, lambda n: self.guards[n].confirm(total.round, result, hashes))
+
+        def ask(name: str) -> bytes:
+            path, tag = self.path(name), self.guards[name].masker(total.round).tag
+            received = [
+                path.check(total.round, chunk, np.frombuffer(data, np.uint8), tag)
+                for chunk, data in found.items()
+            ]
+            return self.guards[name].confirm(total.round, result, received)
+
+        return self._each("confirm", names, ask)
 
     def _each(self, stage: str, names: Any, ask: Callable[[str], bytes]) -> dict[str, bytes]:
         answers = {}
@@ -131,12 +139,12 @@ class World:
         guard, path = self.guards[name], self.path(name)
         masker = guard.masker(plan.round)
         lengths = [shape.length for shape in self.layout]
-        writer, hashes, at = PartWriter(self.store.put, lengths, self.capacity), [], 0
+        writer, sealed, at = PartWriter(self.store.put, lengths, self.capacity), [], 0
         for chunk, length in enumerate(lengths):
             delta = writer.slot(length)
             delta[:] = update[at : at + length]
-            encoded = path.encode(plan.round, chunk, delta, 1.0, masker)
-            hashes.append(hashlib.sha256(encoded).digest())
+            encoded = path.encode(plan.round, chunk, delta, 1.0)
+            sealed.append(path.mask(plan.round, chunk, encoded, masker))
             writer.add(chunk, encoded)
             at += length
         bundle = writer.finish()
@@ -144,7 +152,7 @@ class World:
         changes = {
             "parts": bundle.parts,
             "round": plan.round,
-            "upload": guard.upload(plan.round, hashes).decode(),
+            "upload": guard.upload(plan.round, sealed).decode(),
         }
         return header.model_copy(update=changes), list(bundle.handles)
 
@@ -214,6 +222,29 @@ def test_a_region_that_fails_at_any_stage_costs_its_own_update_at_most(
     total, handles = world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
     assert encodings(world.store, total, handles) == world.exact(there)
     assert total.regions == tuple(there)
+
+
+@pytest.mark.parametrize("codec", [{"type": "fixed", "bits": 2}, {"type": "fixed", "ring": 16}])
+def test_tags_show_that_the_sum_is_the_sum(tmp_path: Path, codec: Any) -> None:
+    world = World(tmp_path, codec=codec, verify=True)
+    updates = updates_of(world)
+    total, handles = world.play(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+    honest = world.adding.unmask
+
+    def altered(layout: Any, total: Any, handles: Any, opening: Any) -> Any:
+        """An aggregator that tells all regions the same wrong sum, with hashes that fit it."""
+        total, handles, _hashes = honest(layout, total, handles, opening)
+        for handle in handles:
+            wrong = world.store.kept[handle].copy()
+            wrong[-70] ^= 1
+            world.store.kept[handle] = wrong
+        found = encodings(world.store, total, handles)
+        return total, handles, [hashlib.sha256(data).digest() for data in found.values()]
+
+    world.adding.unmask = altered  # type: ignore[method-assign]
+    with pytest.raises(RegionError, match="0 good signatures on xcloud/confirm/v1"):
+        world.play(updates, world.plan(2))
 
 
 def test_a_region_that_dies_before_its_upload_is_left_out(world: World) -> None:

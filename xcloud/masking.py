@@ -244,6 +244,7 @@ class MaskedAggregation:
             update=self.job.update_digest,
             chunks=chunks,
             most_weight=SCALE,
+            tagged=config.verify,
         )
         raw = sync.to_wire()
         return SignedPlan(plan=raw, signature=self._signer.sign(PLAN, raw))

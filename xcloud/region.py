@@ -334,7 +334,7 @@ class Region:
         if self.guard is None:
             return ""
         ordered = sorted((offer for offer in offers if offer.bundle.parts), key=lambda o: o.bundle.first)
-        return self.guard.upload(plan.round, [found for o in ordered for found in o.hashes]).decode()
+        return self.guard.upload(plan.round, [chunk for o in ordered for chunk in o.sealed]).decode()
 
     def _remask(self, plan: RoundPlan, pending: Pending) -> None:
         """The same update under the keys of the sync in which the round is tried again."""
@@ -362,8 +362,9 @@ class Region:
         """Look at a sum and sign it."""
         assert self.guard is not None, "asked in masked runs only"
         merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
-        hashes = [h for part in gather(self.pools[0].ask("hashes", total, merged)) for h in part]
-        return self.guard.confirm(total.round, result, hashes)
+        tag = self.guard.masker(total.round).tag
+        chunks = [one for part in gather(self.pools[0].ask("check", total, merged, tag)) for one in part]
+        return self.guard.confirm(total.round, result, chunks)
 
     def _check(self, plan: SyncPlan) -> None:
         """Refuse a sync of another model, or of updates that are made in another way."""

@@ -21,11 +21,12 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from xcloud.codecs import Array, Bytes, Codec, Frame, Identity, ring_of
+from xcloud.codecs import Array, Bytes, Codec, Frame, Identity, Ring, ring_of
 from xcloud.errors import AggregationError
 from xcloud.manifest import ChunkLayout
 from xcloud.messages import RoundSum
 from xcloud.secure.masks import Masker
+from xcloud.secure.tags import Sealed, sealed, tags_of
 
 __all__ = ["Framing", "UpdatePath", "adds_up"]
 
@@ -93,27 +94,39 @@ class UpdatePath:
         if codec.feedback:
             self.residual = {c: np.zeros(layout[c].length, np.float32) for c in owned}
 
-    def encode(
-        self, round: int, chunk: int, delta: Array, share: float, masker: Masker | None = None
-    ) -> Bytes:
+    def mask(self, round: int, chunk: int, encoded: Bytes, masker: Masker) -> Sealed:
+        """Mask an encoding in place; returns what is signed of it."""
+        ring = self._ring(round, chunk)
+        tags = tags_of(encoded, chunk, ring, masker.tag) if masker.tag else (0, 0)
+        masker.apply(encoded, chunk, ring)
+        return sealed(encoded, tags)
+
+    def unmask(self, round: int, chunk: int, encoded: Bytes, masker: Masker) -> None:
+        """Take off what `masker` has put on, in place."""
+        masker.inverse().apply(encoded, chunk, self._ring(round, chunk))
+
+    def check(self, round: int, chunk: int, total: Bytes, tag: bytes) -> Sealed:
+        """What a region confirms of a total.
+
+        Raises:
+            ValueError: it cannot be this chunk's.
+        """
+        ring = self._ring(round, chunk)
+        if total.nbytes != ring.size:
+            raise ValueError(f"chunk {chunk} of the sum has {total.nbytes} bytes, expected {ring.size}")
+        return sealed(total, tags_of(total, chunk, ring, tag) if tag else (0, 0))
+
+    def _ring(self, round: int, chunk: int) -> Ring:
+        ring = ring_of(self.codec, self.layout[chunk].length, self._frame(round, chunk))
+        assert ring is not None, "the job was refused otherwise"
+        return ring
+
+    def encode(self, round: int, chunk: int, delta: Array, share: float) -> Bytes:
         """One chunk's bytes for the wire; `delta` (fp32) is used up.
 
         Args:
             share: of the largest weight, in [0, 1]; only where encodings add up.
-            masker: hides them; None sends them as they are.
         """
-        encoded = self._encode(round, chunk, delta, share)
-        if masker is not None:
-            self.mask(round, chunk, encoded, masker)
-        return encoded
-
-    def mask(self, round: int, chunk: int, encoded: Bytes, masker: Masker) -> None:
-        """Mask an encoding in place, or take off what `masker.inverse()` has put on."""
-        ring = ring_of(self.codec, self.layout[chunk].length, self._frame(round, chunk))
-        assert ring is not None, "the job was refused otherwise"
-        masker.apply(encoded, chunk, ring)
-
-    def _encode(self, round: int, chunk: int, delta: Array, share: float) -> Bytes:
         frame = self._frame(round, chunk)
         if adds_up(self.codec) and share != 1:
             delta *= np.float32(share)

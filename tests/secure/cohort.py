@@ -17,6 +17,7 @@ from xcloud.secure.masks import Masker
 from xcloud.secure.member import Member, Sync, threshold
 from xcloud.secure.messages import PLAN, Result, SignedPlan, SyncPlan, Upload
 from xcloud.secure.server import Server
+from xcloud.secure.tags import Sealed, add_tags, tags_of
 
 JOB = "three-clouds"
 LENGTHS = (5000, 4096, 1)
@@ -89,6 +90,7 @@ class Cohort:
     seed: int = 0
     tamper: Callable[[str, dict[str, Any], Cohort], None] = lambda *_: None
     lengths: tuple[int, ...] = LENGTHS
+    tagged: bool = False
 
     def __post_init__(self) -> None:
         self.names = [f"r{i:02d}" for i in range(self.count)]
@@ -126,6 +128,7 @@ class Cohort:
             update="fixed",
             chunks=(0, len(self.lengths)),
             most_weight=1000,
+            tagged=self.tagged,
         )
         return SyncPlan(**(planned | changes))
 
@@ -212,7 +215,8 @@ class Cohort:
 
         def confirm(one: str) -> bytes:
             said, chunks = received[one]
-            return self.syncs[one].confirm(said, [hashlib.sha256(chunk).digest() for chunk in chunks])
+            hashes = [hashlib.sha256(chunk).digest() for chunk in chunks]
+            return self.syncs[one].confirm(said, hashes, self.tags(one, chunks))
 
         confirmed = server.confirmed(result, stage("confirm", confirm, survivors.names))
         for one in survivors.names:
@@ -229,4 +233,14 @@ class Cohort:
             self.masked[name].append(data)
         hashes = [hashlib.sha256(data).digest() for data in self.masked[name]]
         weight = self.weights[name] if weight is None else weight
-        return self.syncs[name].upload(hashes, self.maskers[name], weight)
+        tags = self.tags(name, [self.encoded(name, chunk) for chunk in range(len(self.lengths))])
+        return self.syncs[name].upload(hashes, self.maskers[name], weight, tags)
+
+    def tags(self, name: str, chunks: list[Any]) -> tuple[int, int]:
+        """Of all chunks, as region `name` makes them; (0, 0) where the sync has none."""
+        key = self.maskers[name].tag
+        found = [
+            tags_of(data, chunk, self.ring(chunk), key) if key else (0, 0)
+            for chunk, data in enumerate(chunks)
+        ]
+        return add_tags([Sealed(b"", tags) for tags in found])

@@ -9,6 +9,7 @@ from xcloud.errors import SecurityError
 from xcloud.secure.masks import Masker
 from xcloud.secure.member import Member, Sync
 from xcloud.secure.messages import Adverts, Delivered, Opening, Proof, Result, SignedPlan, Survivors
+from xcloud.secure.tags import Sealed, add_tags
 
 __all__ = ["SCALE", "Guard"]
 
@@ -50,13 +51,17 @@ class Guard:
             raise SecurityError(f"round {number}: no keys were agreed on, so the update is not sent")
         return self._maskers[number]
 
-    def upload(self, number: int, hashes: Sequence[bytes]) -> bytes:
-        """Header of what was masked: SHA-256 of each chunk, in order."""
-        return self._sync(number).upload(hashes, self.masker(number), self._weight).to_wire()
+    def upload(self, number: int, chunks: Sequence[Sealed]) -> bytes:
+        """Header of what was masked: all chunks, in order."""
+        hashes = [chunk.hash for chunk in chunks]
+        return (
+            self._sync(number).upload(hashes, self.masker(number), self._weight, add_tags(chunks)).to_wire()
+        )
 
-    def confirm(self, number: int, result: bytes, hashes: Sequence[bytes]) -> bytes:
-        """Signature on the sum whose chunks have these SHA-256."""
-        return self._sync(number).confirm(Result.from_wire(result, "aggregator"), hashes)
+    def confirm(self, number: int, result: bytes, chunks: Sequence[Sealed]) -> bytes:
+        """Signature on the sum of these chunks."""
+        said, hashes = Result.from_wire(result, "aggregator"), [chunk.hash for chunk in chunks]
+        return self._sync(number).confirm(said, hashes, add_tags(chunks))
 
     def accept(self, number: int, proof: bytes) -> None:
         """Let the sum of a round be applied."""

@@ -36,10 +36,14 @@ PIECE = 1 << 17
 
 @dataclass(frozen=True)
 class Masker:
-    """Keys of streams to add to and to take off an encoding; 32 bytes each. Plain bytes: a region hands it to its ranks."""
+    """Keys of streams to add to and to take off an encoding; 32 bytes each. Plain bytes: a region hands it to its ranks.
+
+    `tag` is the key of the tags' weights (`secure.tags`), where the sync has tags.
+    """
 
     added: tuple[bytes, ...] = ()
     taken: tuple[bytes, ...] = ()
+    tag: bytes = b""
 
     def apply(self, data: Bytes, chunk: int, ring: Ring) -> None:
         """Mask one chunk's encoding in place (contiguous uint8, writable).

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from xcloud.codecs import Bytes
-from xcloud.errors import SecurityError
+from xcloud.errors import SecurityError, TamperError
 from xcloud.secure.masks import LANE_CHUNK, LANES, Masker
 from xcloud.secure.messages import (
     PLAN,
@@ -274,24 +274,31 @@ class Sync:
             if peer != self.name:
                 key = pair_key(self._mask_key, self._adverts[peer].mask, self._context(), self.name, peer)
                 (added if self.name < peer else taken).append(key)
-        return Masker(tuple(added), tuple(taken))
+        tag = b""
+        if self.plan.tagged:
+            seed = digest("xcloud/tag-seed/v1", self.hash, [tags[peer] for peer in sorted(tags)])
+            tag = hkdf(seed, self.hash, "xcloud/tags/v1", self.first, self.second)
+        return Masker(tuple(added), tuple(taken), tag)
 
     # -- the update -----------------------------------------------------------------------
 
-    def upload(self, hashes: Sequence[bytes], masker: Masker, weight: int) -> Upload:
+    def upload(
+        self, hashes: Sequence[bytes], masker: Masker, weight: int, tags: tuple[int, int] = (0, 0)
+    ) -> Upload:
         """Sign what was masked and sent, once for each sync.
 
         Args:
             hashes: SHA-256 of each masked chunk, in order.
             masker: that it was masked with; masks the lanes too.
             weight: of this region, at most the plan's largest.
+            tags: of all chunks together.
 
         Raises:
             SecurityError: other chunks were uploaded in this sync before, or the weight is out of bounds.
         """
         if not 0 <= weight <= self.plan.most_weight:
             raise SecurityError(f"weight {weight}, expected 0 to {self.plan.most_weight} as planned")
-        lanes = lanes_of(weight, 0, 0)
+        lanes = lanes_of(weight, *tags)
         masker.apply(lanes, LANE_CHUNK, LANES)
         unsigned = Upload(name=self.name, hashes=tuple(hashes), lanes=lanes.tobytes(), signature=bytes(64))
         if self._uploaded not in (b"", unsigned.root):
@@ -338,12 +345,13 @@ class Sync:
 
     # -- the sum --------------------------------------------------------------------------
 
-    def confirm(self, result: Result, hashes: Sequence[bytes]) -> bytes:
+    def confirm(self, result: Result, hashes: Sequence[bytes], tags: tuple[int, int] = (0, 0)) -> bytes:
         """A signature on the sum that this region has before it.
 
         Args:
             result: what it is said to be.
             hashes: SHA-256 of the chunks as this region received them.
+            tags: of all these chunks together.
 
         Raises:
             SecurityError: they are others, it is of other survivors than agreed on, or its weight cannot be.
@@ -352,6 +360,8 @@ class Sync:
             raise SecurityError("the sum is of other regions than were agreed on")
         if tuple(hashes) != result.hashes:
             raise SecurityError("the sum is not what the aggregator says that it is")
+        if self.plan.tagged and tags != result.tags:
+            raise TamperError("the sum is not that of the survivors' updates: its tags do not fit it")
         if not 0 < result.weight <= self.plan.most_weight * len(result.names):
             raise SecurityError(
                 f"the sum's weight is {result.weight}, expected 1 to {self.plan.most_weight} for each of "

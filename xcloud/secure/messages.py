@@ -71,6 +71,7 @@ class SyncPlan(SecureMessage):
         update: digest of codec, ring and clipping: how updates become integers.
         chunks: half-open range of chunk ids.
         most_weight: the largest weight one region may have.
+        tagged: whether regions check the sum by its tags (`secure.tags`).
     """
 
     job: Name
@@ -86,6 +87,7 @@ class SyncPlan(SecureMessage):
     update: Hex
     chunks: tuple[Count, Count]
     most_weight: Annotated[int, Field(ge=1, lt=1 << 48)] = 1
+    tagged: bool = False
 
     @model_validator(mode="after")
     def _each_once(self) -> SyncPlan:

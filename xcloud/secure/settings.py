@@ -19,6 +19,7 @@ class SecureConfig(BaseModel):
             this run, which protects nobody from whoever started it.
         colluders: regions that may work together with the aggregator (c).
         minimum: fewest regions whose sum may be opened; null: 3, or colluders + 2 if that is more.
+        verify: regions check the sum itself by tags, and not only that all have the same one.
         allow_two: let two regions merge, though each then learns the other's update from the sum.
     """
 
@@ -27,6 +28,7 @@ class SecureConfig(BaseModel):
     keys: str | None = None
     colluders: Annotated[int, Field(ge=0)] = 0
     minimum: Annotated[int, Field(ge=2)] | None = None
+    verify: bool = False
     allow_two: bool = False
 
     @property

@@ -9,6 +9,7 @@ from xcloud.data import SourceConfig, TokenizerConfig
 from xcloud.outer import OuterConfig
 from xcloud.parts import Bundle
 from xcloud.policies import StreamingConfig
+from xcloud.secure.tags import Sealed
 from xcloud.training.settings import EngineConfig, InnerConfig, ModelConfig
 
 __all__ = ["Landed", "Offer", "Trained", "WorkerSpec"]
@@ -50,13 +51,13 @@ class WorkerSpec:
 class Offer:
     """One rank's encoded chunks, and the squared norm of its part of the update.
 
-    `hashes` are the SHA-256 of the chunks, where they are masked.
+    `sealed` is what is signed of each chunk, where they are masked.
     """
 
     bundle: Bundle
     norm_squared: float
     seconds: float
-    hashes: tuple[bytes, ...] = ()
+    sealed: tuple[Sealed, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ holding only the chunks it owns. The worker is plain Python: `region` wraps it i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import socket
 import threading
@@ -45,6 +44,7 @@ from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
 from xcloud.secure.masks import Masker
+from xcloud.secure.tags import Sealed
 from xcloud.training.chunks import OwnedChunks, to_numpy
 from xcloud.training.correction import COMMON, OWN, Correction
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
@@ -207,7 +207,7 @@ class RankWorker:
             NonFiniteUpdateError: names the parameter that holds NaN or Inf.
         """
         began, norm_squared = time.perf_counter(), 0.0
-        sealed: list[bytes] = []
+        sealed: list[Sealed] = []
         delta, chunks = self.anchor[:0], self._merged_in(plan)
         for index, spec in enumerate(self.manifest.parameters):
             if not self.chunks.within(index, chunks):
@@ -238,7 +238,7 @@ class RankWorker:
     def encode(self, plan: RoundPlan, merged: Bundle, share: float, masker: Masker | None = None) -> Offer:
         """Encode this rank's own chunks of the mean of the region's pools (fp32)."""
         began, norm_squared, reader = time.perf_counter(), 0.0, PartReader(self.blobs.get, merged)
-        sealed: list[bytes] = []
+        sealed: list[Sealed] = []
         for chunk in self.chunks.ids:
             if chunk not in self._merged_in(plan):
                 continue
@@ -255,31 +255,30 @@ class RankWorker:
         delta: Array,
         share: float,
         masker: Masker | None,
-        sealed: list[bytes],
+        sealed: list[Sealed],
     ) -> None:
-        encoded = self.path.encode(plan.round, chunk, delta, share, masker)
+        encoded = self.path.encode(plan.round, chunk, delta, share)
         if masker is not None:
-            sealed.append(hashlib.sha256(encoded).digest())
+            sealed.append(self.path.mask(plan.round, chunk, encoded, masker))
         self.writer.add(chunk, encoded)
 
     def remask(self, plan: RoundPlan, sent: Bundle, old: Masker, new: Masker) -> Offer:
         """The same encodings of this rank's own chunks, under the keys of another sync."""
         began, reader = time.perf_counter(), PartReader(self.blobs.get, sent)
-        sealed: list[bytes] = []
-        both = Masker(new.added + old.taken, new.taken + old.added)
+        sealed: list[Sealed] = []
         for chunk in self.chunks.ids:
             if chunk in self._merged_in(plan):
                 encoded = reader.read(chunk).copy()
-                self.path.mask(plan.round, chunk, encoded, both)
-                sealed.append(hashlib.sha256(encoded).digest())
+                self.path.unmask(plan.round, chunk, encoded, old)
+                sealed.append(self.path.mask(plan.round, chunk, encoded, new))
                 self.writer.add(chunk, encoded)
         return Offer(self.writer.finish(), 0.0, time.perf_counter() - began, tuple(sealed))
 
-    def hashes(self, total: RoundSum, merged: Bundle) -> list[bytes]:
-        """SHA-256 of this rank's own chunks of a merged update, as they were received."""
+    def check(self, total: RoundSum, merged: Bundle, tag: bytes) -> list[Sealed]:
+        """What is to be confirmed of this rank's own chunks of a merged update, as they were received."""
         reader = PartReader(self.blobs.get, merged)
         mine = [chunk for chunk in self.chunks.ids if chunk in total.chunks]
-        return [hashlib.sha256(reader.read(chunk)).digest() for chunk in mine]
+        return [self.path.check(total.round, chunk, reader.read(chunk), tag) for chunk in mine]
 
     def apply(self, total: RoundSum, merged: Bundle, evaluate: bool = False) -> Landed:
         """Take up a merged update now, between two rounds.
