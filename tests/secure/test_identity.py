@@ -255,6 +255,17 @@ def test_a_wrong_roster_is_refused_by_file_and_key(data: bytes, problem: str) ->
         Roster.parse(data, "roster.json")
 
 
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_a_roster_that_others_can_change_pins_nobody(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "roster.json"
+    ROSTER.save(path)
+    path.chmod(mode)
+    with pytest.raises(
+        KeyFileError, match=rf"roster\.json: .*change it \(mode {mode:04o}\); run: chmod go-w "
+    ):
+        Roster.load(path)
+
+
 def test_the_roster_checks_signatures_by_name() -> None:
     signature = identity("us").sign("xcloud/test/v1", "job", 3)
     ROSTER.verify("us", signature, "xcloud/test/v1", "job", 3)
