@@ -62,6 +62,7 @@ class Fault:
         round: in which round; None is every round. A call to `start` has no round, and None only fits.
         kind: `die`: the process is gone. `late`: the answer waits for `World.release`. `diverge`: another
             model than the others' (`apply`, `start`). `fail`: an error that is nobody's failure but the job's.
+            `poison` (AGGREGATOR, `merge`): some region has sent what makes the sum large.
         times: how often.
         after: how many matching calls go well first.
     """
@@ -69,7 +70,7 @@ class Fault:
     region: str
     stage: Stage
     round: int | None = None
-    kind: Literal["die", "late", "diverge", "fail"] = "die"
+    kind: Literal["die", "late", "diverge", "fail", "poison"] = "die"
     times: int = 1
     after: int = 0
 
@@ -358,9 +359,11 @@ class FakeRegion:
         return applied
 
     def _apply(self, total: RoundSum, handles: Sequence[int], evaluate: bool) -> Applied:
+        norm = None
         if total.regions:
             merged = np.concatenate([self.world.blobs[handle] for handle in handles])
             starts, mix = self.manifest.chunk_starts, np.float32(self.job.streaming.mix)
+            norm = float(np.linalg.norm(merged)) if self.job.guards else None
             at = slice(starts[total.chunks.start], starts[total.chunks.stop])
             sync = (total.round - 1) // self.job.streaming.fragments + 1
             self.outer.step(self.anchor[at], merged, {slot: v[at] for slot, v in self.state.items()}, sync)
@@ -379,6 +382,7 @@ class FakeRegion:
             eval_loss=loss,
             eval_tokens=tokens,
             bytes_down=total.bytes_down,
+            norm=norm,
             apply_s=0.0,
             eval_s=0.0,
         )
@@ -466,7 +470,8 @@ class FakeAggregator:
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[int]],
     ) -> tuple[RoundSum, list[int]]:
-        if self.world.fault(AGGREGATOR, "merge", plan.round) == "die":
+        fault = self.world.fault(AGGREGATOR, "merge", plan.round)
+        if fault == "die":
             self.alive = False
         if not self.alive:
             raise RegionError(AGGREGATOR, "its process is gone")
@@ -488,6 +493,8 @@ class FakeAggregator:
         for place, chunk in enumerate(chunks):
             out = np.empty(layout[chunk].length, np.float32)
             mean.combine([self.world.blobs[handles[place]] for handles in updates], weights, out)
+            if fault == "poison":
+                out += np.float32(100)
             merged.append(self.world.put(out))
         total = RoundSum(
             round=plan.round,

@@ -661,3 +661,77 @@ def test_stale_updates_weigh_less() -> None:
     buffer = parse(JOB | {"buffer": {"power": 0.5}}).buffer
     assert buffer is not None
     assert [buffer.factor(s) for s in (0, 3, 8)] == pytest.approx([1, 1 / 2, 1 / 3])
+
+
+# -- secure aggregation and guards --------------------------------------------------------
+
+
+MASKED = {"codec": {"type": "fixed", "bits": 4}, "secure_aggregation": {}}
+
+
+def three(**changes: Any) -> dict[str, Any]:
+    """A masked job of three regions."""
+    raw = changed("name", "masked")
+    extra = {**raw["regions"][0], "name": "third"}
+    raw["regions"] = [*raw["regions"][:2], extra]
+    return raw | MASKED | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"codec": "identity"},
+            "codec 'identity' sends none that add; expected codec fixed, or random_k with 'bits'",
+        ),
+        ({"codec": "lowrank"}, "codec 'lowrank' sends none that add"),
+        ({"codec": "random_k"}, "codec 'random_k' sends none that add"),
+        ({"codec": "topk"}, "codec 'topk' sends none that add"),
+        (
+            {"aggregator": "median"},
+            "codec 'fixed' is added up and never opened one by one, which aggregator 'median' needs",
+        ),
+        ({"hierarchy": "cloud"}, "hierarchy 'cloud' merges those of a cloud first; expected hierarchy flat"),
+        ({"buffer": {"goal": 2}}, "codec 'fixed' adds encodings of one round only"),
+        (
+            {"secure_aggregation": {"minimum": 2}},
+            "minimum is 2, with which each region learns the other's update",
+        ),
+        ({"secure_aggregation": {"minimum": 4}}, "needs 4 regions in a sum, but 'regions' lists only 3"),
+        ({"secure_aggregation": {"colluders": 2}}, "needs 4 regions in a sum, but 'regions' lists only 3"),
+        (
+            {"secure_aggregation": {"colluder": 1}},
+            "secure_aggregation.colluder: unknown key; did you mean 'colluders'?",
+        ),
+    ],
+)
+def test_what_cannot_work_under_masks_is_refused(changes: dict[str, Any], said: str) -> None:
+    assert said in error(three(**changes))
+
+
+def test_two_regions_are_masked_only_if_that_is_meant() -> None:
+    raw = three()
+    raw["regions"] = raw["regions"][:2]
+    assert "needs 3 regions in a sum, but 'regions' lists only 2" in error(raw)
+    raw["secure_aggregation"] = {"allow_two": True}
+    job = parse(raw)
+    assert job.secure_aggregation is not None
+    assert job.secure_aggregation.survivors == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"checkpoint": {"every": 2}}, "checkpoint.every is 2; expected 1"),
+        ({"streaming": {"fragments": 2}}, "while with streaming regions go on before they know"),
+        ({"buffer": {"goal": 1}}, "while with buffer regions go on before they know"),
+        (
+            {"evaluation": {"sequences": 8, "every": 2}, "guards": {"loss": 0.1}},
+            "guards.loss looks at the held-out loss of every round",
+        ),
+        ({"guards": {"norm": 1}}, "guards.norm: "),
+    ],
+)
+def test_guards_that_cannot_act_are_refused(changes: dict[str, Any], said: str) -> None:
+    raw = changed("name", "guarded") | {"guards": {"norm": 4}} | changes
+    assert said in error(raw)

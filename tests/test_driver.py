@@ -8,6 +8,7 @@ holds the metrics rows, the events and the commits against each other.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -24,7 +25,14 @@ from tests.strategies import report
 from xcloud.checkpoint import CheckpointStore, CommitRecord
 from xcloud.config import JobConfig
 from xcloud.driver import Outcome, Run
-from xcloud.errors import CheckpointError, DivergenceError, QuorumError, RegionError, XCloudError
+from xcloud.errors import (
+    AggregationError,
+    CheckpointError,
+    DivergenceError,
+    QuorumError,
+    RegionError,
+    XCloudError,
+)
 from xcloud.fleet import Fleet
 from xcloud.messages import RoundPlan
 from xcloud.metrics import Event, RoundRow, RunLog, read_events, read_rounds
@@ -1027,3 +1035,64 @@ def test_the_books_are_right_whatever_happens(
             game.again()
             assert game.play(resume=True).finished
             assert max(game.rows) == ROUNDS
+
+
+# -- guards -------------------------------------------------------------------------------
+
+
+def poison() -> Fault:
+    return Fault(AGGREGATOR, "merge", 3, "poison")
+
+
+@pytest.mark.parametrize(
+    ("guards", "reason"),
+    [
+        ({"norm": 4}, r"the merged update is .* long, .* times the usual"),
+        ({"loss": 9}, r"held-out loss .* would rise by"),
+    ],
+)
+def test_a_poisoned_update_is_taken_back_and_its_data_is_read_again(
+    tmp_path: Path, guards: dict[str, Any], reason: str
+) -> None:
+    game = Game(tmp_path, poison(), guards=guards)
+    outcome = game.play()
+    assert outcome.finished
+    assert game.rounds_of("round_rejected") == [3]
+    assert re.search(reason, game.reasons("round_rejected")[0])
+    assert sorted(game.rows) == [1, 2, 4]
+    assert game.store.rounds() == [1, 2, 4]
+    assert {n: state.cursor for n, state in game.record.regions.items()} == {
+        name: 3 * STEPS * each for name, each in PER_STEP.items()
+    }
+
+
+def test_without_guards_a_poisoned_update_counts(whole: Game, tmp_path: Path) -> None:
+    game = Game(tmp_path, poison())
+    game.play()
+    assert sorted(game.rows) == [1, 2, 3, 4]
+    assert game.record.model_digest != whole.record.model_digest
+
+
+def test_guards_leave_an_honest_run_alone(whole: Game, tmp_path: Path) -> None:
+    game = Game(tmp_path, guards={"norm": 4, "loss": 9})
+    game.play()
+    assert not game.rounds_of("round_rejected")
+    assert game.record.model_digest == whole.record.model_digest
+
+
+def test_a_run_that_is_poisoned_again_and_again_ends(tmp_path: Path) -> None:
+    always = Fault(AGGREGATOR, "merge", None, "poison", times=99, after=1)
+    game = Game(tmp_path, always, guards={"norm": 4, "patience": 2}, rounds=8)
+    with pytest.raises(
+        AggregationError, match=r"round 4: the merged update .*, 3 rounds in a row; the last committed round"
+    ):
+        game.play()
+    assert game.store.rounds() == [1]
+
+
+def test_guards_remember_over_a_resume(tmp_path: Path) -> None:
+    game = Game(tmp_path, guards={"norm": 4})
+    game.play(stop_after=2)
+    game.again(poison())
+    game.play(resume=True)
+    assert game.rounds_of("round_rejected") == [3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.strategies import quick
-from xcloud.policies import Action, FailureConfig, decide
+from xcloud.policies import Action, FailureConfig, GuardConfig, decide, suspicion
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,27 @@ def test_only_a_quorum_is_merged_and_retries_end(
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         FailureConfig(**wrong)
+
+
+# -- guards -------------------------------------------------------------------------------
+
+
+def test_an_update_far_longer_than_usual_is_suspicious() -> None:
+    config = GuardConfig(norm=3, window=3)
+    assert suspicion(config, [], 1e9, [], []) is None  # nothing to compare it with yet
+    assert suspicion(config, [9, 1, 1.1, 0.9], 3.0, [], []) is None
+    said = suspicion(config, [9, 1, 1.1, 0.9], 3.2, [], [])
+    assert said == "the merged update is 3.2 long, 3.2 times the usual 1"
+    assert suspicion(config, [1], math.nan, [], []) is not None
+
+
+def test_a_loss_that_rises_in_the_median_region_is_suspicious() -> None:
+    config = GuardConfig(loss=0.1)
+    assert suspicion(config, [1], 99, [2, 2, 2], [2, 2.19, 9]) is None  # one region may say what it likes
+    said = suspicion(config, [1], 99, [2, 2, 2], [2, 2.3, 9])
+    assert said == "the held-out loss of the median region would rise by 15.0%"
+    assert suspicion(config, [1], 99, [2, 2, 2], [math.nan, math.nan, 2]) is not None
+
+
+def test_guards_that_are_not_set_suspect_nothing() -> None:
+    assert suspicion(GuardConfig(), [1], 1e9, [1], [1e9]) is None

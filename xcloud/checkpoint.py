@@ -46,6 +46,7 @@ class RegionState(BaseModel):
         data_fingerprint: of the packed data that the cursor points into.
         inner_round: committed round at which the inner state was saved; None if never.
         files: its inner optimizer state.
+        eval_loss: its held-out loss, where the job has guards.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,10 +55,11 @@ class RegionState(BaseModel):
     data_fingerprint: str = ""
     inner_round: int | None
     files: tuple[CheckpointFile, ...] = ()
+    eval_loss: float | None = None
 
 
 class CommitRecord(BaseModel):
-    """`commit.json`: everything needed to go on from a round."""
+    """`commit.json`: everything needed to go on from a round. `norms` are of the last merged updates, where the job has guards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -72,6 +74,7 @@ class CommitRecord(BaseModel):
     tokens: int
     eval_loss_start: float | None
     eval_loss: float | None
+    norms: tuple[float, ...] = ()
 
 
 class ChunkFile(BaseModel):

@@ -29,7 +29,7 @@ from xcloud.codecs import CODECS, BFloat16Config, Codec, CodecConfig, Frame, Ide
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
-from xcloud.policies import BufferConfig, FailureConfig, StreamingConfig
+from xcloud.policies import BufferConfig, FailureConfig, GuardConfig, StreamingConfig
 from xcloud.registry import PartConfig, Registry, nearest
 from xcloud.secure.primitives import digest
 from xcloud.secure.settings import SecureConfig
@@ -203,6 +203,7 @@ class JobConfig(_Section):
     failure: FailureConfig = FailureConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     secure_aggregation: SecureConfig | None = None
+    guards: GuardConfig | None = None
     plugins: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -237,6 +238,7 @@ class JobConfig(_Section):
         self._check_timing(codec)
         self._check_hierarchy(codec)
         self._check_masks(codec)
+        self._check_guards()
         if self.inner.correction is not None and self.streaming.keeps_local:
             raise ValueError(
                 f"inner.correction {self.inner.correction.type!r} corrects the drift from a common model, but with "
@@ -295,6 +297,24 @@ class JobConfig(_Section):
             raise ValueError(
                 f"codec {self.codec.type!r} adds encodings of one round only, while buffer merges updates of "
                 "different rounds; expected a codec that is opened, such as bf16, block or topk"
+            )
+
+    def _check_guards(self) -> None:
+        """What taking a merged update back needs."""
+        if self.guards is None:
+            return
+        if self.checkpoint.every != 1:
+            raise ValueError(
+                f"guards take a round back by loading the commit before it, but checkpoint.every is {self.checkpoint.every}; expected 1"
+            )
+        if self.streaming.keeps_local or self.buffer is not None:
+            other = "buffer" if self.buffer is not None else "streaming"
+            raise ValueError(
+                f"guards take back what no region has built on yet, while with {other} regions go on before they know; leave one of them out"
+            )
+        if self.guards.loss is not None and (self.evaluation.sequences == 0 or self.evaluation.every != 1):
+            raise ValueError(
+                "guards.loss looks at the held-out loss of every round; expected evaluation.sequences above 0 and evaluation.every 1"
             )
 
     def _check_masks(self, codec: Codec) -> None:

@@ -152,7 +152,10 @@ class Run:
         applied = self.fleet.apply(total, handles, sync.evaluate)
         if not applied:  # most likely the aggregator has died, and the merged update with it
             return self.again(sync.plan, "every region was lost while it applied the merged update")
-        self.commit(sync, total, applied)
+        if reason := self.ledger.suspicion(sync.plan.round, applied):
+            self.fleet.undo(self.ledger.order, sync.plan.round, reason)
+        else:
+            self.commit(sync, total, applied)
         return True
 
     def commit(self, sync: Sync, total: RoundSum, applied: Mapping[str, Applied]) -> None:

@@ -285,6 +285,11 @@ class Fleet:
         for name in self.ask(lambda region: region.restore(order(region.name)), round):
             self._members[name].round = round
 
+    def undo(self, order: Callable[[str], RestoreOrder], round: int, reason: str) -> None:
+        """Have every region load the last commit again, in place of what it has made of a round."""
+        self._log.event("round_rejected", round=round, reason=reason)
+        self.restore(order, round)
+
     def save(self, round: int, donor: str) -> dict[str, Saved]:
         """Have every idle region write its state; who is late is lost, since it would write over what is
         committed without it."""

@@ -10,10 +10,11 @@ from typing import Any
 
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
-from xcloud.errors import CheckpointError, DivergenceError
+from xcloud.errors import AggregationError, CheckpointError, DivergenceError
 from xcloud.manifest import ChunkLayout
 from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
 from xcloud.metrics import RegionRow, RoundRow, read_events
+from xcloud.policies import suspicion
 
 __all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "keep_job", "mean_loss"]
 
@@ -63,6 +64,9 @@ class Ledger:
         self.eval_start: float | None = None
         self.eval_loss: float | None = None
         self.saved: CommitRecord | None = None
+        self.norms: list[float] = []
+        self.losses: dict[str, float] = {}
+        self.rejected = 0
 
     def outcome(self, finished: bool, reason: str) -> Outcome:
         """The run's outcome as it stands."""
@@ -90,6 +94,7 @@ class Ledger:
         self.layout = tuple(ChunkLayout(*chunk) for chunk in first.layout)
         self.fragments = first.fragments
         self.eval_start = self.eval_loss = mean_loss(ready.values())
+        self.losses = {name: answer.eval_loss for name, answer in ready.items() if answer.eval_tokens}
 
     def resume(self, record: CommitRecord) -> None:
         """Go on from a commit.
@@ -110,6 +115,8 @@ class Ledger:
         self.round, self.model_digest, self.saved = record.round, record.model_digest, record
         self.cursors |= {name: state.cursor for name, state in record.regions.items()}
         self.tokens, self.eval_start, self.eval_loss = record.tokens, record.eval_loss_start, record.eval_loss
+        self.norms = list(record.norms)
+        self.losses = {n: s.eval_loss for n, s in record.regions.items() if s.eval_loss is not None}
 
     def order_or_none(self, name: str) -> RestoreOrder | None:
         """What region `name` has to load to stand at the committed round; None at round 0."""
@@ -127,6 +134,30 @@ class Ledger:
             model_digest=self.model_digest,
             files=(*self.saved.model_files, *(state.files if state else ())),
         )
+
+    def suspicion(self, number: int, applied: Mapping[str, Applied]) -> str | None:
+        """Why the merged update that the regions have taken up should be taken back; None: it should not.
+
+        Raises:
+            AggregationError: there is nothing to go back to, or it was so too often.
+        """
+        guards = self.job.guards
+        if guards is None:
+            return None
+        known = [name for name, answer in applied.items() if name in self.losses and answer.eval_tokens]
+        norm = next(iter(applied.values())).norm
+        reason = suspicion(
+            guards,
+            self.norms,
+            math.nan if norm is None else norm,
+            [self.losses[name] for name in known],
+            [applied[name].eval_loss for name in known],
+        )
+        self.rejected = self.rejected + 1 if reason else 0
+        if reason and (self.rejected > guards.patience or not self.saved):
+            before = f"{self.rejected} rounds in a row" if self.saved else "before the first commit"
+            raise AggregationError(f"round {number}: {reason}, {before}; the last committed round stays")
+        return reason
 
     def close_round(
         self,
@@ -148,6 +179,10 @@ class Ledger:
                 f"round {plan.round}: the regions hold different models after the outer step ({held})"
             )
         self.round, self.model_digest = plan.round, next(iter(digests.values()))
+        self.losses |= {name: answer.eval_loss for name, answer in applied.items() if answer.eval_tokens}
+        norm = next(iter(applied.values())).norm
+        if self.job.guards and norm is not None:
+            self.norms = [*self.norms, norm][-self.job.guards.window :]
         self.cursors |= {name: report.cursor for name, report in reports.items()}
         tokens = sum(report.tokens for report in reports.values())
         self.tokens += tokens
@@ -208,7 +243,11 @@ class Ledger:
                 self.store.carry(self.saved.round, self.round, previous.files)
                 files, inner_round = previous.files, previous.inner_round
             regions[name] = RegionState(
-                cursor=cursor, data_fingerprint=self.data.get(name, ""), inner_round=inner_round, files=files
+                cursor=cursor,
+                data_fingerprint=self.data.get(name, ""),
+                inner_round=inner_round,
+                files=files,
+                eval_loss=self.losses.get(name) if self.job.guards else None,
             )
         record = CommitRecord(
             job=self.job.name,
@@ -221,6 +260,7 @@ class Ledger:
             tokens=self.tokens,
             eval_loss_start=self.eval_start,
             eval_loss=self.eval_loss,
+            norms=tuple(self.norms),
         )
         self.store.commit(record)
         self.saved = record

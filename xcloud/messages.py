@@ -274,6 +274,7 @@ class Applied(Message):
 
     `pools` is filled after the first round since the start, when the optimizers hold their state.
     `bytes_down` is what the region has fetched for it, and for the merges before it that it had missed.
+    `norm` is the merged update's L2 norm, where the job has guards that want it.
     """
 
     region: str
@@ -282,6 +283,7 @@ class Applied(Message):
     eval_loss: float
     eval_tokens: int
     bytes_down: int = 0
+    norm: float | None = None
     apply_s: float
     eval_s: float
     pools: tuple[tuple[RankInfo, ...], ...] = ()

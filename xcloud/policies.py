@@ -8,7 +8,9 @@ last committed round intact.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import statistics
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Literal
@@ -17,7 +19,16 @@ from pydantic import Field
 
 from xcloud.registry import PartConfig
 
-__all__ = ["Action", "BufferConfig", "Decision", "FailureConfig", "StreamingConfig", "decide"]
+__all__ = [
+    "Action",
+    "BufferConfig",
+    "Decision",
+    "FailureConfig",
+    "GuardConfig",
+    "StreamingConfig",
+    "decide",
+    "suspicion",
+]
 
 
 class Action(str, Enum):
@@ -101,6 +112,50 @@ class BufferConfig(PartConfig):
     def factor(self, staleness: int) -> float:
         """What an update of this staleness counts."""
         return float((1 + staleness) ** -self.power)
+
+
+class GuardConfig(PartConfig):
+    """When a merged update is taken back: the regions load the last commit, and the round does not count.
+
+    A region can add anything to a sum, and where updates are masked nobody sees who did. What can be seen is the
+    sum: how long it is, and what it does to the held-out loss.
+
+    Attributes:
+        norm: an update may be so many times as long as the median of those before it; null: any length.
+        loss: the median region's held-out loss may rise by so much, relative to the round before; null: by anything.
+        window: updates that the median is of.
+        patience: rounds in a row that are taken back before the run ends.
+    """
+
+    norm: Annotated[float, Field(gt=1)] | None = None
+    loss: Annotated[float, Field(gt=0)] | None = None
+    window: Annotated[int, Field(ge=1)] = 8
+    patience: Annotated[int, Field(ge=1)] = 3
+
+
+def suspicion(
+    config: GuardConfig, norms: Sequence[float], norm: float, before: Sequence[float], after: Sequence[float]
+) -> str | None:
+    """Why a merged update should be taken back; None: nothing speaks against it.
+
+    Args:
+        config: the job's guards.
+        norms: L2 norms of the updates before, newest last.
+        norm: of this one.
+        before: held-out losses of some regions before it, in some order.
+        after: the same regions' after it, in the same order.
+    """
+    if config.norm is not None and norms:
+        usual = statistics.median(norms[-config.window :])
+        if not norm <= config.norm * usual:
+            return f"the merged update is {norm:.3g} long, {norm / usual:.1f} times the usual {usual:.3g}"
+    if config.loss is not None and before:
+        rise = statistics.median(
+            a / b - 1 if math.isfinite(a) else math.inf for a, b in zip(after, before, strict=True)
+        )
+        if not rise <= config.loss:
+            return f"the held-out loss of the median region would rise by {rise:.1%}"
+    return None
 
 
 def decide(

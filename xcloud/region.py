@@ -152,6 +152,7 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         held_out_fraction=job.data.held_out_fraction,
         cache_dir=job.data.cache_dir or str(Path.home() / ".cache" / "xcloud" / "data"),
         eval_sequences=job.evaluation.sequences,
+        guarded=job.guards is not None,
     )
 
 
@@ -424,6 +425,7 @@ class Region:
             eval_loss=sum(rank.eval_loss_sum for rank in landed[0]) / tokens if tokens else math.nan,
             eval_tokens=tokens,
             bytes_down=total.bytes_down,
+            norm=math.sqrt(sum(rank.norm_squared for rank in landed[0])) if self.job.guards else None,
             apply_s=time.perf_counter() - began - eval_s,
             eval_s=eval_s,
             pools=self._infos() if show else (),

@@ -33,6 +33,7 @@ NOTICE_KINDS = {
     "region_late",
     "region_refused",
     "region_rejoined",
+    "round_rejected",
     "round_retried",
     "round_skipped",
 }
@@ -128,6 +129,8 @@ def event_line(event: Event, width: int | None = None) -> str | None:
         return f"{region} rejoined before round {number}"
     if event.kind == "round_retried":
         return f"round {number} tried again (attempt {get('attempt')}): {_first_line(get('reason'))}"
+    if event.kind == "round_rejected":
+        return f"round {number} taken back: {_first_line(get('reason'))}"
     if event.kind == "round_skipped":
         return f"round {number} skipped: {_first_line(get('reason'))}"
     return None

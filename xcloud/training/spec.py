@@ -43,6 +43,7 @@ class WorkerSpec:
     held_out_fraction: float
     cache_dir: str
     eval_sequences: int
+    guarded: bool
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Landed:
-    """One rank has taken up a merged update: digests of its anchor chunks, and its share of an evaluation."""
+    """One rank has taken up a merged update: digests of its anchor chunks, and its share of an evaluation.
+
+    `norm_squared` is of its chunks of the merged update, where somebody asks for it.
+    """
 
     digests: dict[int, str]
     eval_loss_sum: float
     eval_tokens: int
     eval_s: float
+    norm_squared: float = 0.0

@@ -330,7 +330,7 @@ class RankWorker:
             self.spec.world == 1,
             self._write_mixed if self.spec.streaming.mix else self.parameters.write,
         )
-        hasher = xxhash.xxh3_128()
+        hasher, norm_squared = xxhash.xxh3_128(), 0.0
         merged = self.anchor[:0]
         sync = (total.round - 1) // self.spec.streaming.fragments + 1
         total_lr, control = self._total_lr(total.round), self._new_control()
@@ -345,6 +345,8 @@ class RankWorker:
                 anchor = self.chunks.of(self.anchor, seg.chunk)
                 if seg.chunk_start == 0:
                     merged = gradient(seg.chunk)
+                    if self.spec.guarded:
+                        norm_squared += float(np.dot(merged, merged))
                     if control is not None:
                         np.divide(merged, np.float32(total_lr), out=self.chunks.of(control, seg.chunk))
                 slots = {slot: self.chunks.of(values, seg.chunk) for slot, values in self.outer_state.items()}
@@ -369,7 +371,7 @@ class RankWorker:
             self.path.forget()
         began = time.perf_counter()
         loss, tokens = self._evaluate_anchor() if evaluate else (0.0, 0)
-        return Landed(dict(self._digests), loss, tokens, time.perf_counter() - began)
+        return Landed(dict(self._digests), loss, tokens, time.perf_counter() - began, norm_squared)
 
     def _write_mixed(self, name: str, anchor: torch.Tensor) -> None:
         """A share of the local weights stays; collective as `read` is."""
