@@ -58,6 +58,16 @@ def test_a_key_is_kept_for_its_owner_alone_and_found_again(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["us.key"]
 
 
+def test_what_is_for_everybody_can_be_read_by_everybody(tmp_path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        PublicKey.of(identity("us")).save(tmp_path / "us.pub")
+        ROSTER.save(tmp_path / "roster.json")
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o644}
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o601, 0o644])
 def test_a_key_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "us east.key"
@@ -253,6 +263,17 @@ def _with(**changes: Any) -> bytes:
 def test_a_wrong_roster_is_refused_by_file_and_key(data: bytes, problem: str) -> None:
     with pytest.raises(KeyFileError, match=rf"^roster\.json: .*{problem}"):
         Roster.parse(data, "roster.json")
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_a_roster_that_others_can_change_pins_nobody(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "roster.json"
+    ROSTER.save(path)
+    path.chmod(mode)
+    with pytest.raises(
+        KeyFileError, match=rf"roster\.json: .*change it \(mode {mode:04o}\); run: chmod go-w "
+    ):
+        Roster.load(path)
 
 
 def test_the_roster_checks_signatures_by_name() -> None:

@@ -132,6 +132,13 @@ def test_a_public_file_of_another_key_is_told(ring: Keyring) -> None:
         ring.public("us")
 
 
+def test_a_public_file_that_is_missing_is_made_anew(ring: Keyring) -> None:
+    """As after a crash between the two files."""
+    (made,) = ring.make(["us"])
+    ring.public_file("us").unlink()
+    assert ring.public("us") == made == PublicKey.load(ring.public_file("us"))
+
+
 def test_an_unknown_name_gets_the_nearest(ring: Keyring) -> None:
     ring.make(["us-east-1"])
     with pytest.raises(KeyFileError, match="no key of 'us-eats-1' here; did you mean 'us-east-1'"):

@@ -201,6 +201,17 @@ def test_a_wrong_file_of_models_is_named(tmp_path: Path, content: bytes | None, 
         policy("version: 1\njobs: any\nmodels: {file: models.txt}\n", tmp_path)
 
 
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_a_policy_that_others_can_change_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(TEXT)
+    path.chmod(mode)
+    with pytest.raises(
+        PolicyError, match=rf"policy\.yaml: .*change it \(mode {mode:04o}\); run: chmod go-w "
+    ):
+        Policy.load(path)
+
+
 def test_a_policy_that_is_missing_is_an_error_and_not_an_open_door(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"policy\.yaml: no such file"):
         Policy.load(tmp_path / "policy.yaml")
@@ -218,7 +229,12 @@ def test_a_policy_that_is_missing_is_an_error_and_not_an_open_door(tmp_path: Pat
         ("jobs: any\nmodels: any\n", "version: Field required"),
         (TEXT + "version: 1\n", "not valid YAML: the key 'version' is given twice"),
         (TEXT + "colluder: 2\n", "colluder: no such key; did you mean 'colluders'"),
-        (TEXT + "7: 2\n", "7: no such key; known keys: version, jobs"),
+        (TEXT + "7: 2\n", "a key of type int; known keys: version, jobs"),
+        (TEXT + "tokyo: 2\n", "tokyo: no such key; known keys: version, jobs"),
+        (TEXT + "? 0x" + "f" * 9000 + "\n: 2\n", "a key of type int"),
+        (TEXT.replace("colluders: 1", "colluders: 0x" + "f" * 9000), "colluders: "),
+        (TEXT.replace("last_round: 100", "last_round: 0x" + "f" * 9000), "last_round: "),
+        ("#" * (1 << 16) + "\n", "longer than 65536 bytes"),
         (TEXT.replace("version: 1", "version: 2"), "version: "),
         (TEXT.replace("colluders: 1", "colluders: -1"), "colluders: "),
         (TEXT.replace("colluders: 1", "colluders: '1'"), "colluders: "),

@@ -35,11 +35,17 @@ LIMIT = 1 << 20
 M = TypeVar("M", bound=BaseModel)
 
 
-def read_file(path: Path, error: type[SecurityError], private: bool = False) -> bytes:
+def read_file(path: Path, error: type[SecurityError], private: bool = False, pinned: bool = False) -> bytes:
     """The content of a regular file of at most `LIMIT` bytes.
 
+    Args:
+        path: of the file.
+        error: what is raised.
+        private: nobody but its owner may reach it.
+        pinned: nobody but its owner may change it.
+
     Raises:
-        error: it cannot be read, is no regular file or too long, or `private` and open to others.
+        error: it cannot be read, is no regular file or too long, or is open to others.
     """
     try:
         with open(path, "rb", opener=_opened) as file:
@@ -48,6 +54,8 @@ def read_file(path: Path, error: type[SecurityError], private: bool = False) -> 
                 raise error(f"{path}: not a regular file")
             if private:
                 check_private(path, status, error)
+            if pinned:
+                _check_pinned(path, status, error)
             data = file.read(LIMIT + 1)
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
@@ -73,6 +81,14 @@ def check_private(path: Path, status: os.stat_result, error: type[SecurityError]
     if mode & 0o077:
         raise error(
             f"{path}: others than its owner can use it (mode {mode:04o}); run: chmod 600 {shlex.quote(str(path))}"
+        )
+
+
+def _check_pinned(path: Path, status: os.stat_result, error: type[SecurityError]) -> None:
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o022:
+        raise error(
+            f"{path}: others than its owner can change it (mode {mode:04o}); run: chmod go-w {shlex.quote(str(path))}"
         )
 
 

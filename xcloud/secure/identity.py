@@ -233,8 +233,8 @@ class Roster(_Record):
 
     @classmethod
     def load(cls, path: Path) -> Roster:
-        """From a file, with the errors of `parse`."""
-        return cls.parse(read_file(path, KeyFileError), str(path))
+        """From a file that only its owner can change, with the errors of `parse`."""
+        return cls.parse(read_file(path, KeyFileError, pinned=True), str(path))
 
     def save(self, path: Path, replace: bool = False) -> None:
         """Write it, readable by all.

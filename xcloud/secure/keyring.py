@@ -88,12 +88,15 @@ class Keyring:
         return Identity.load(self.key_file(name))
 
     def public(self, name: str) -> PublicKey:
-        """The public key of `name`, if its file belongs to its private key.
+        """The public key of `name`. A public file that is missing is written anew from the private key.
 
         Raises:
-            KeyFileError: it does not, or one of the two cannot be used.
+            KeyFileError: the file is that of another key, or one of the two cannot be used.
         """
-        identity, found = self.load(name), PublicKey.load(self.public_file(name))
+        identity = self.load(name)
+        if not self.public_file(name).exists():
+            PublicKey.of(identity).save(self.public_file(name))
+        found = PublicKey.load(self.public_file(name))
         if found.name != name or found.public != identity.public:
             raise KeyFileError(
                 f"{self.public_file(name)}: not the public side of {self.key_file(name)}; "

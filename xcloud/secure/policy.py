@@ -29,6 +29,10 @@ Protection = Literal["none", "envelope", "secure_aggregation"]
 
 Unit = Literal["example", "region"]
 
+MOST_BYTES = 1 << 16
+"""Of a policy file: YAML is read slowly."""
+MOST_REGIONS = 4096
+
 _RANK: dict[Protection, int] = {"none": 0, "envelope": 1, "secure_aggregation": 2}
 
 Hash = Annotated[str, Field(pattern=r"^([0-9a-f]{32}){1,2}$")]
@@ -98,11 +102,11 @@ class _Rules(_Section):
     jobs: Literal["any"] | Jobs
     models: Literal["any"] | _ModelFile | Models
     protection: Literal["envelope", "secure_aggregation"] = "secure_aggregation"
-    minimum_cohort: Annotated[int, Field(ge=2)] = 3
-    colluders: Annotated[int, Field(ge=0)] = 0
+    minimum_cohort: Annotated[int, Field(ge=2, le=MOST_REGIONS)] = 3
+    colluders: Annotated[int, Field(ge=0, lt=MOST_REGIONS)] = 0
     two_regions: bool = False
     smallest_ring: Annotated[int, Field(ge=2, le=64)] = 2
-    last_round: Annotated[int, Field(ge=1)] | None = None
+    last_round: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     privacy: _Budget | None = None
 
     @model_validator(mode="after")
@@ -140,11 +144,15 @@ class Policy:
         Raises:
             PolicyError: names the file, the key, and what was expected.
         """
-        return cls.parse(read_file(path, PolicyError), str(path), path.parent)
+        return cls.parse(read_file(path, PolicyError, pinned=True), str(path), path.parent)
 
     @classmethod
     def parse(cls, data: bytes, origin: str, folder: Path) -> Policy:
         """Like `load`, from YAML; `origin` names it in errors."""
+        if len(data) > MOST_BYTES:
+            raise PolicyError(
+                f"{origin}: longer than {MOST_BYTES} bytes; put models into a file of their own"
+            )
         try:
             raw = yaml.load(data, Loader=PlainLoader)  # noqa: S506 - a SafeLoader subclass  # nosec B506
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as problem:
@@ -248,8 +256,10 @@ def _check_keys(raw: dict[Any, Any], origin: str) -> None:
     """Name the nearest key for one that does not exist, before anything else is said about the file."""
     known = list(_Rules.model_fields)
     for key in raw:
+        if not isinstance(key, str):
+            raise PolicyError(f"{origin}: a key of type {type(key).__name__}; known keys: {', '.join(known)}")
         if key not in known:
-            guess = nearest(str(key), known)
+            guess = nearest(key, known)
             hint = f"did you mean {guess!r}?" if guess else f"known keys: {', '.join(known)}"
             raise PolicyError(f"{origin}: {key}: no such key; {hint}")
 
@@ -262,7 +272,7 @@ def _models(rules: _Rules, folder: Path) -> frozenset[str] | None:
         return frozenset(rules.models)
     try:
         path = folder / rules.models.file
-        lines = read_file(path, PolicyError).decode().splitlines()
+        lines = read_file(path, PolicyError, pinned=True).decode().splitlines()
     except UnicodeDecodeError:
         raise PolicyError(f"{path}: not text") from None
     found = set()
