@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+import xcloud.launch
 from tests.factory import job_of, raw_job, region
 from xcloud.checkpoint import CheckpointStore, CommitRecord
+from xcloud.config import JobConfig
 from xcloud.launch import train
-from xcloud.metrics import RunLog
+from xcloud.metrics import Event, RunLog
+from xcloud.region import ClusterRegion
 
 ROUNDS = 6
 
@@ -44,3 +50,39 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     ]
     raw = raw_job(folder, regions, rounds=ROUNDS)
     return Finished(raw, folder / "run", play(raw, folder / "run"))
+
+
+class Killer:
+    """Listener that kills one rank of a region as soon as a round has started."""
+
+    def __init__(self, handles: dict[str, ClusterRegion], region: str, round: int) -> None:
+        self.handles, self.region, self.round = handles, region, round
+
+    def on_event(self, event: Event) -> None:
+        if (
+            event.kind == "round_started"
+            and event.fields["round"] == self.round
+            and event.fields["attempt"] == 1
+        ):
+            pids = ray.get(self.handles[self.region].actor.pids.remote())
+            os.kill(pids["pool0/rank0"], signal.SIGKILL)
+
+    def on_round(self, row: Any) -> None: ...
+
+    def on_progress(self, progress: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def handles(monkeypatch: pytest.MonkeyPatch) -> dict[str, ClusterRegion]:
+    """The run's region handles, newest by name."""
+    found: dict[str, ClusterRegion] = {}
+
+    class Recorded(ClusterRegion):
+        def __init__(self, job: JobConfig, name: str, **rest: Any) -> None:
+            super().__init__(job, name, **rest)
+            found[name] = self
+
+    monkeypatch.setattr(xcloud.launch, "ClusterRegion", Recorded)
+    return found

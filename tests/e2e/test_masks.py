@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.conftest import play
+from tests.e2e.conftest import Killer, play
 from tests.factory import raw_job, region
-from xcloud.metrics import read_rounds
+from xcloud.metrics import read_events, read_rounds
+from xcloud.region import ClusterRegion
 
 
 def job(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -27,11 +28,20 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
     return raw_job(folder, regions, codec={"type": "fixed", "bits": 4}, guards=guards, **changes)
 
 
-def test_a_masked_job_ends_with_the_model_of_the_job_in_the_clear(tmp_path: Path) -> None:
+def test_a_masked_job_ends_with_the_model_of_the_job_in_the_clear(
+    tmp_path: Path, handles: dict[str, ClusterRegion]
+) -> None:
+    """Stopped and resumed, and with a region that dies, so that the others mask the same updates under new keys."""
     clear = play(job(tmp_path), tmp_path / "clear")
-    masked = play(job(tmp_path, secure_aggregation={"colluders": 0}), tmp_path / "masked")
+    raw = job(tmp_path, secure_aggregation={"colluders": 0, "verify": True})
+    assert play(raw, tmp_path / "masked", stop_after=1).round == 1
+    masked = play(raw, tmp_path / "masked", Killer(handles, "plain", 2), resume=True)
     assert masked == clear
     assert masked.norms
+    kinds = [(event.kind, event.fields.get("round")) for event in read_events(tmp_path / "masked")]
+    assert ("round_retried", 2) in kinds
+    assert ("region_rejoined", 2) in kinds
+    assert "region_refused" not in {kind for kind, _ in kinds}
     open_rows, masked_rows = read_rounds(tmp_path / "clear"), read_rounds(tmp_path / "masked")
     for one, other in zip(open_rows, masked_rows, strict=True):
         for name in one.regions:

@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 
-import xcloud.launch
-from tests.e2e.conftest import ROUNDS, Finished, play
+from tests.e2e.conftest import ROUNDS, Finished, Killer, play
 from tests.e2e.test_equivalence import committed_model
 from xcloud.checkpoint import CheckpointStore
-from xcloud.config import JobConfig
 from xcloud.errors import CheckpointError
 from xcloud.metrics import Event, read_events, read_rounds
 from xcloud.region import ClusterRegion
@@ -94,42 +91,6 @@ def wait_for_round(run_dir: Path, round: int, driver: subprocess.Popen[bytes]) -
                 return
         time.sleep(0.02)
     raise AssertionError(f"round {round} did not start")
-
-
-class Killer:
-    """Listener that kills one rank of a region as soon as a round has started."""
-
-    def __init__(self, handles: dict[str, ClusterRegion], region: str, round: int) -> None:
-        self.handles, self.region, self.round = handles, region, round
-
-    def on_event(self, event: Event) -> None:
-        if (
-            event.kind == "round_started"
-            and event.fields["round"] == self.round
-            and event.fields["attempt"] == 1
-        ):
-            pids = ray.get(self.handles[self.region].actor.pids.remote())
-            os.kill(pids["pool0/rank0"], signal.SIGKILL)
-
-    def on_round(self, row: Any) -> None: ...
-
-    def on_progress(self, progress: Any) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@pytest.fixture
-def handles(monkeypatch: pytest.MonkeyPatch) -> dict[str, ClusterRegion]:
-    """The run's region handles, newest by name."""
-    found: dict[str, ClusterRegion] = {}
-
-    class Recorded(ClusterRegion):
-        def __init__(self, job: JobConfig, name: str, **rest: Any) -> None:
-            super().__init__(job, name, **rest)
-            found[name] = self
-
-    monkeypatch.setattr(xcloud.launch, "ClusterRegion", Recorded)
-    return found
 
 
 def test_a_region_that_dies_below_quorum_redoes_its_round(

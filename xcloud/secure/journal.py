@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ __all__ = ["Journal"]
 LINE_BYTES = 1 << 20
 """A line has at most so many; a longer one is damage, and is not read into memory."""
 SUM_DIGITS = 32
+POLL_S = 0.1
 
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 Number = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -91,14 +93,16 @@ class Journal:
     Args:
         path: the file; made for its owner alone if there is none. Its folder exists.
         region: whose memory it is.
+        wait_s: seconds to wait for another process to let it go, which may be on its way out.
 
     Raises:
         JournalError: it is open to others, in use, another region's, damaged, or cannot be read; names the file.
     """
 
-    def __init__(self, path: Path, region: str) -> None:
+    def __init__(self, path: Path, region: str, wait_s: float = 0.0) -> None:
         self.path = path
         self.region = region
+        self._wait_s = wait_s
         self._last: dict[str, tuple[int, int, int]] = {}  # by job
         self._agreed: dict[str, str] = {}  # by plan
         self._given: set[str] = set()  # plans
@@ -220,12 +224,20 @@ class Journal:
         if not stat.S_ISREG(status.st_mode):
             raise JournalError(f"{self.path}: not a regular file")
         check_private(self.path, status, JournalError)
+        end = time.monotonic() + self._wait_s
+        while not self._locked():
+            if time.monotonic() >= end:
+                raise JournalError(
+                    f"{self.path}: another process of region {self.region} has it open; end that first"
+                )
+            time.sleep(POLL_S)
+
+    def _locked(self) -> bool:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise JournalError(
-                f"{self.path}: another process of region {self.region} has it open; end that first"
-            ) from None
+            return False
+        return True
 
     def _replay(self) -> None:
         """Read what is there, cut off a last line that was never finished, and begin a new file."""

@@ -20,6 +20,8 @@ __all__ = ["DRIVER", "make_keys", "open_driver", "open_guard"]
 
 DRIVER = "driver"
 ROSTER = "roster.json"
+WAIT_S = 20.0
+"""For the process of this region that was here before: it is killed, and takes a moment to die."""
 
 
 def make_keys(folder: Path, regions: Sequence[str]) -> None:
@@ -78,7 +80,7 @@ def open_guard(
             # After the first round `check` has compared the model with the one that the region holds.
             policy.check(_facts(plan, ring_bits), own_model=plan.model if plan.round > 1 else None)
 
-    return Guard(Member(identity, roster, Journal(folder / f"{name}.journal", name), allowed), share)
+    return Guard(Member(identity, roster, Journal(folder / f"{name}.journal", name, WAIT_S), allowed), share)
 
 
 def _check(config: SecureConfig, plan: SyncPlan) -> None:
