@@ -17,6 +17,8 @@ __all__ = [
     "ModelError",
     "NonFiniteUpdateError",
     "PlacementError",
+    "PrivacyAccountingError",
+    "PrivacyBudgetError",
     "QuorumError",
     "RegionError",
     "XCloudError",
@@ -65,6 +67,14 @@ class DivergenceError(AggregationError):
 
 class QuorumError(XCloudError):
     """Too few regions answered, and the failure policy says to stop."""
+
+
+class PrivacyAccountingError(XCloudError, ValueError):
+    """No epsilon can be given for what is asked; none is reported then."""
+
+
+class PrivacyBudgetError(XCloudError):
+    """A round would cost more privacy than the job allows; it was not started."""
 
 
 class MessageError(XCloudError, ValueError):
