@@ -22,6 +22,7 @@ from xcloud.messages import (
     FoldOrder,
     Message,
     PoolReport,
+    PrivacyTerms,
     Progress,
     RankInfo,
     RegionReady,
@@ -40,10 +41,12 @@ RANK = RankInfo(
 )
 FILE = CheckpointFile(path="model/chunks-000000-000001.safetensors", size=2**40, digest="ab12")
 SOURCE = Source(name="a", weight=1 / 3, round=4, relayed=False, chunk_bytes=(8, 4), parts=((2, 2),))
+TERMS = PrivacyTerms(unit="example", sampling_probability=1 / 3, noise_multiplier=1.1)
 EXAMPLES: list[Message] = [
     RANK,
     RegionReady(
         region="ü-1",
+        privacy=TERMS,
         manifest_digest="aa",
         model_digest="bb",
         parameters=10**12,
@@ -76,6 +79,7 @@ EXAMPLES: list[Message] = [
     SaveOrder(round=0, donor=True),
     Saved(region="a", round=2, files=(FILE, FILE)),
     RestoreOrder(round=4, inner_round=None, cursor=17, model_digest="ee", files=(FILE,)),
+    TERMS,
 ]
 every_message = pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 from xcloud.errors import CheckpointError
 from xcloud.messages import CheckpointFile
+from xcloud.privacy import PrivacyLedger
 
 __all__ = ["CheckpointStore", "ChunkFile", "CommitRecord", "RegionState", "chunk_files"]
 
@@ -72,6 +73,7 @@ class CommitRecord(BaseModel):
     tokens: int
     eval_loss_start: float | None
     eval_loss: float | None
+    privacy: PrivacyLedger | None = None
 
 
 class ChunkFile(BaseModel):

@@ -22,7 +22,7 @@ from typing import Any
 from xcloud.aggregation import AggregatorHandle
 from xcloud.checkpoint import CheckpointStore, CommitRecord
 from xcloud.config import JobConfig
-from xcloud.errors import AggregationError, DivergenceError, QuorumError, RegionError
+from xcloud.errors import AggregationError, DivergenceError, PrivacyBudgetError, QuorumError, RegionError
 from xcloud.fleet import Fleet
 from xcloud.ledger import Ledger, Offers, Outcome, Sync
 from xcloud.messages import Applied, RoundPlan, RoundSum, json_safe
@@ -45,7 +45,7 @@ class Run:
         stop: threading.Event,
     ) -> None:
         self.job, self.fleet, self.aggregator, self.log, self.stop = job, fleet, aggregator, log, stop
-        self.ledger = Ledger(job, store)
+        self.ledger = Ledger(job, store, log.folder)
         self.sync: Sync | None = None
         self.closed = 0.0
 
@@ -67,7 +67,9 @@ class Run:
                     break
                 self.round(number, final=number == last)
             self.land()
-        except (QuorumError, AggregationError) as error:
+        except (QuorumError, AggregationError, PrivacyBudgetError) as error:
+            if isinstance(error, PrivacyBudgetError):
+                self.land()  # what was offered before was paid for
             if not isinstance(error, DivergenceError):
                 self.checkpoint()  # whoever is left holds the last committed round
             raise
@@ -87,6 +89,7 @@ class Run:
 
         Raises:
             QuorumError: the failure policy gives up.
+            PrivacyBudgetError: the round would cost more privacy than the job allows.
         """
         for attempt in itertools.count(1):
             self.recover(number)
@@ -96,6 +99,7 @@ class Run:
     def attempt(self, plan: RoundPlan, final: bool) -> bool:
         """Try a round once; True when it is over, False to try again."""
         began, number, job = time.perf_counter(), plan.round, self.job
+        self.ledger.spend(plan, self.fleet.untrained(number))
         self.fleet.launch(plan, job.rounds)
         self.land(beside=plan)  # what the last round offered travels while this one trains
         offers = self.fleet.collect(number, self.ledger.round, job.buffer)

@@ -118,6 +118,7 @@ def gaussian_noise_multiplier(epsilon: float, delta: float, times: int = 1) -> f
     return float(dp_accounting.get_sigma_gaussian(epsilon, _checked(delta))) * math.sqrt(times)
 
 
+@functools.lru_cache(maxsize=64)
 def calibrated_noise_multiplier(
     target_epsilon: float,
     delta: float,
