@@ -254,6 +254,10 @@ class FakeRegion:
             chunks=self.manifest.chunk_count,
             data="numbers",
             train_sequences=1000,
+            data_fingerprint=f"data of {self.name}",
+            privacy=self.job.dp.terms(self.name, 1000, self.settings.sequences_per_step, self.job.inner.steps)
+            if self.job.dp
+            else None,
             pools=((info,),),
             eval_loss=loss,
             eval_tokens=tokens,

@@ -55,11 +55,13 @@ def record(**changes: Any) -> CommitRecord:
 
 def test_a_cursor_belongs_to_its_data(tmp_path: Path) -> None:
     """Other text behind the same job: the cursor would skip and repeat sequences, so the resume is refused."""
-    ledger = Ledger(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1)])), CheckpointStore(tmp_path / "c"))
+    ledger = Ledger(
+        job_of(raw_job(tmp_path, [region(tmp_path, "a", 1)])), CheckpointStore(tmp_path / "c"), tmp_path
+    )
     ledger.begin({"a": ready("a")})
     ledger.resume(record())
     assert (ledger.round, ledger.cursors["a"]) == (3, 12)
-    changed = Ledger(ledger.job, ledger.store)
+    changed = Ledger(ledger.job, ledger.store, tmp_path)
     changed.begin({"a": ready("a", data_fingerprint="other")})
     with pytest.raises(CheckpointError, match="region 'a': its data is not what round 3 was trained on"):
         changed.resume(record())
@@ -69,7 +71,7 @@ def test_a_cursor_belongs_to_its_data(tmp_path: Path) -> None:
 
 def test_regions_must_start_alike(tmp_path: Path) -> None:
     raw = raw_job(tmp_path, [region(tmp_path, "a", 1), region(tmp_path, "b", 2)])
-    ledger = Ledger(job_of(raw), CheckpointStore(tmp_path / "c"))
+    ledger = Ledger(job_of(raw), CheckpointStore(tmp_path / "c"), tmp_path)
     with pytest.raises(DivergenceError, match="'a' and 'b' start from different initial weights"):
         ledger.begin({"a": ready("a"), "b": ready("b", model_digest="other")})
 
@@ -122,7 +124,7 @@ def test_a_row_counts_what_crossed_between_clouds(
     """Two regions of one cloud and one of another that bears the name of a region."""
     places = [("a", "aws"), ("b", "aws"), ("aws", "gcp")]
     raw = raw_job(tmp_path, [region(tmp_path, name, 1, cloud=cloud) for name, cloud in places])
-    ledger = Ledger(job_of(raw), CheckpointStore(tmp_path / "c"))
+    ledger = Ledger(job_of(raw), CheckpointStore(tmp_path / "c"), tmp_path)
     ledger.begin({name: ready(name) for name, _ in places})
     plan = RoundPlan(job="tiny", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=1)
     names = tuple(name for name, _ in places)

@@ -22,6 +22,7 @@ from xcloud.messages import (
     FoldOrder,
     Message,
     PoolReport,
+    PrivacyTerms,
     Progress,
     RankInfo,
     RegionReady,
@@ -32,6 +33,8 @@ from xcloud.messages import (
     Saved,
     SaveOrder,
     Source,
+    Unmasked,
+    UnmaskOrder,
     json_safe,
 )
 
@@ -40,10 +43,12 @@ RANK = RankInfo(
 )
 FILE = CheckpointFile(path="model/chunks-000000-000001.safetensors", size=2**40, digest="ab12")
 SOURCE = Source(name="a", weight=1 / 3, round=4, relayed=False, chunk_bytes=(8, 4), parts=((2, 2),))
+TERMS = PrivacyTerms(unit="example", sampling_probability=1 / 3, noise_multiplier=1.1)
 EXAMPLES: list[Message] = [
     RANK,
     RegionReady(
         region="ü-1",
+        privacy=TERMS,
         manifest_digest="aa",
         model_digest="bb",
         parameters=10**12,
@@ -72,10 +77,13 @@ EXAMPLES: list[Message] = [
     SOURCE,
     FoldOrder(round=3, chunks=(2, 4), sources=(SOURCE, SOURCE)),
     Folded(chunk_bytes=(8, 4), parts=((2, 2),), norms_squared=(0.5, 1e-30)),
+    UnmaskOrder(round=3, chunk_bytes=(8, 4), parts=((2, 2),), added=("ab",), taken=("cd", "ef")),
+    Unmasked(chunk_bytes=(8, 4), parts=((2, 2),), hashes=("ab", "cd")),
     FILE,
     SaveOrder(round=0, donor=True),
     Saved(region="a", round=2, files=(FILE, FILE)),
     RestoreOrder(round=4, inner_round=None, cursor=17, model_digest="ee", files=(FILE,)),
+    TERMS,
 ]
 every_message = pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 

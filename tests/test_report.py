@@ -15,7 +15,7 @@ from rich.console import Console
 
 from xcloud.config import JobConfig, parse_job
 from xcloud.messages import Progress
-from xcloud.metrics import Event, RegionRow, RoundRow, RunLog
+from xcloud.metrics import Event, PrivacyRow, RegionRow, RoundRow, RunLog
 from xcloud.report import (
     Board,
     JsonView,
@@ -404,6 +404,38 @@ def shown(renderable: Any) -> str:
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def test_epsilon_is_shown_with_its_unit_wherever_it_stands(tmp_path: Path) -> None:
+    job = parse_job(JOB, ["dp={unit: example, noise_multiplier: 1.0}", "inner.clip_norm=null"])
+    spent = PrivacyRow(unit="example", epsilon=2.3817, delta=1e-5)
+    less = spent.model_copy(update={"epsilon": 1.5})
+    names = dict(zip(NAMES, (spent, less), strict=True))
+    private = row(
+        1,
+        privacy=spent,
+        train_loss=math.nan,
+        regions={n: row(1).regions[n].model_copy(update={"privacy": p}) for n, p in names.items()},
+    )
+    assert "epsilon 2.38 per example" in round_line(private, 24)
+    assert "  privacy     epsilon 2.38 per example at delta 1e-05" in closing(rows=[private])
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    view = LiveView(job, tmp_path / "run", console)
+    with RunLog(tmp_path / "run", [view]) as log:
+        play(log, rounds=0)
+        log.round(private)
+        text = shown(view.render())
+    for part in ("eps/example", "2.38", "1.5"):
+        assert part in text
+    record = status_record(tmp_path / "run")
+    assert record["privacy"] == {"unit": "example", "epsilon": 2.3817, "delta": 1e-5}
+    assert record["regions"][NAMES[1]]["privacy"]["epsilon"] == 1.5
+    assert "epsilon 2.38 per example at delta 1e-05" in shown(status_view(tmp_path / "run"))
+    ready = {"region": "a", "seconds": 1.0, "parameters": 10, "pools": [[rank(0)]]}
+    ready["privacy"] = {"unit": "example", "noise_multiplier": 1.0712}
+    line = event_line(Event(0.0, "region_ready", ready))
+    assert line is not None
+    assert "noise multiplier 1.07 (unit: example)" in line
 
 
 def test_what_a_job_amounts_to(job: JobConfig) -> None:

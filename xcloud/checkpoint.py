@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 from xcloud.errors import CheckpointError
 from xcloud.messages import CheckpointFile
+from xcloud.privacy import PrivacyLedger
 
 __all__ = ["CheckpointStore", "ChunkFile", "CommitRecord", "RegionState", "chunk_files"]
 
@@ -75,6 +76,7 @@ class CommitRecord(BaseModel):
     eval_loss_start: float | None
     eval_loss: float | None
     norms: tuple[float, ...] = ()
+    privacy: PrivacyLedger | None = None
 
 
 class ChunkFile(BaseModel):

@@ -30,6 +30,7 @@ from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig,
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
 from xcloud.policies import BufferConfig, FailureConfig, GuardConfig, StreamingConfig
+from xcloud.privacy import DPConfig
 from xcloud.registry import PartConfig, Registry, nearest
 from xcloud.secure.primitives import digest
 from xcloud.secure.settings import SecureConfig
@@ -198,6 +199,7 @@ class JobConfig(_Section):
     chunk_size: Annotated[int, Field(ge=1024, le=1 << 24)] = 1 << 20
     streaming: StreamingConfig = StreamingConfig()
     buffer: BufferConfig | None = None
+    dp: DPConfig | None = None
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     failure: FailureConfig = FailureConfig()
@@ -239,6 +241,7 @@ class JobConfig(_Section):
         self._check_hierarchy(codec)
         self._check_masks(codec)
         self._check_guards()
+        self._check_privacy()
         if self.inner.correction is not None and self.streaming.keeps_local:
             raise ValueError(
                 f"inner.correction {self.inner.correction.type!r} corrects the drift from a common model, but with "
@@ -366,6 +369,39 @@ class JobConfig(_Section):
     def needed(self) -> int:
         """Regions that a round cannot do without."""
         return self.buffer.goal if self.buffer else self.failure.quorum or len(self.regions)
+
+    def _check_privacy(self) -> None:
+        """What `dp` cannot be combined with."""
+        if self.dp is None:
+            return
+        if self.inner.clip_norm is not None:
+            raise ValueError(
+                f"dp.clip_norm bounds each example's gradient, and inner.clip_norm: {self.inner.clip_norm:g} would "
+                "scale the noisy sum again; expected inner.clip_norm: null"
+            )
+        by = getattr(self.aggregator, "by", "loss")
+        if self.aggregator.type == "loss_over_size" or (self.aggregator.type == "dynamic" and by == "loss"):
+            raise ValueError(
+                f"dp keeps training losses inside the regions, but aggregator {self.aggregator.type!r} weighs by "
+                "them; expected mean, or another that does without"
+            )
+        for r, region in enumerate(self.regions):
+            if len(region.pools) > 1:
+                raise ValueError(
+                    f"regions[{r}].pools: dp samples a region's examples for one pool; expected one, "
+                    f"found {len(region.pools)}"
+                )
+            for p, pool in enumerate(region.pools):
+                if pool.precision != "fp32":
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}].precision {pool.precision} rounds gradients after dp has measured "
+                        "their norms (and fp16 scales the loss), so dp.clip_norm would not hold; expected fp32"
+                    )
+                if pool.activation_checkpointing:
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}].activation_checkpointing drops the activations from which dp takes "
+                        "each example's gradient norm; expected false"
+                    )
 
     def _check_hierarchy(self, codec: Codec) -> None:
         """Refuse what cannot be merged in two steps."""

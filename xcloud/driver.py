@@ -22,10 +22,10 @@ from typing import Any
 from xcloud.aggregation import AggregatorHandle
 from xcloud.checkpoint import CheckpointStore, CommitRecord
 from xcloud.config import JobConfig
-from xcloud.errors import AggregationError, DivergenceError, QuorumError, RegionError
+from xcloud.errors import AggregationError, DivergenceError, PrivacyBudgetError, QuorumError, RegionError
 from xcloud.fleet import Fleet
 from xcloud.ledger import Ledger, Offers, Outcome, Sync
-from xcloud.messages import Applied, RoundPlan, RoundSum, json_safe
+from xcloud.messages import Applied, RoundPlan, RoundSum
 from xcloud.metrics import RunLog
 from xcloud.policies import Action, Decision, decide
 
@@ -45,7 +45,7 @@ class Run:
         stop: threading.Event,
     ) -> None:
         self.job, self.fleet, self.aggregator, self.log, self.stop = job, fleet, aggregator, log, stop
-        self.ledger = Ledger(job, store)
+        self.ledger = Ledger(job, store, log.folder)
         self.sync: Sync | None = None
         self.closed = 0.0
 
@@ -67,7 +67,9 @@ class Run:
                     break
                 self.round(number, final=number == last)
             self.land()
-        except (QuorumError, AggregationError) as error:
+        except (QuorumError, AggregationError, PrivacyBudgetError) as error:
+            if isinstance(error, PrivacyBudgetError):
+                self.land()  # what was offered before was paid for
             if not isinstance(error, DivergenceError):
                 self.checkpoint()  # whoever is left holds the last committed round
             raise
@@ -75,11 +77,12 @@ class Run:
         self.checkpoint()
         done = self.ledger
         if played and last == self.job.rounds:
-            seconds = time.monotonic() - began
-            self.log.event("run_finished", rounds=done.round, eval_loss=done.eval_loss, seconds=seconds)
+            told = {"rounds": done.round, "eval_loss": done.eval_loss, "seconds": time.monotonic() - began}
+            self.log.event("run_finished", **told)
             return done.outcome(finished=True, reason="")
-        reason = "stop-after" if played else "interrupted"
-        self.log.event("run_stopped", round=done.round, reason=reason)
+        self.log.event(
+            "run_stopped", round=done.round, reason=(reason := "stop-after" if played else "interrupted")
+        )
         return done.outcome(finished=False, reason=reason)
 
     def round(self, number: int, final: bool) -> None:
@@ -87,6 +90,7 @@ class Run:
 
         Raises:
             QuorumError: the failure policy gives up.
+            PrivacyBudgetError: the round would cost more privacy than the job allows.
         """
         for attempt in itertools.count(1):
             self.recover(number)
@@ -97,6 +101,7 @@ class Run:
         """Try a round once; True when it is over, False to try again."""
         began, number, job = time.perf_counter(), plan.round, self.job
         self.aggregator.open(plan, self.fleet)
+        self.ledger.spend(plan, self.fleet.untrained(number))
         self.fleet.launch(plan, job.rounds)
         self.land(beside=plan)  # what the last round offered travels while this one trains
         offers = self.fleet.collect(number, self.ledger.round, job.buffer)
@@ -164,9 +169,6 @@ class Run:
         wall_s = time.perf_counter() - max(sync.began, self.closed)
         self.log.round(self.ledger.close_round(sync.plan, reports, total, applied, wall_s))
         self.closed = time.perf_counter()
-        for name, answer in applied.items():
-            if answer.pools:
-                self.log.event("region_sharding", region=name, pools=json_safe(answer)["pools"])
 
     def merge(self, plan: RoundPlan, offers: Offers) -> tuple[RoundSum, list[Any]] | None:
         """Fold the offers; None when an update was lost on the way and the round must be tried again."""

@@ -21,6 +21,8 @@ __all__ = [
     "NonFiniteUpdateError",
     "PlacementError",
     "PolicyError",
+    "PrivacyAccountingError",
+    "PrivacyBudgetError",
     "QuorumError",
     "RegionError",
     "ReplayError",
@@ -73,6 +75,14 @@ class DivergenceError(AggregationError):
 
 class QuorumError(XCloudError):
     """Too few regions answered, and the failure policy says to stop."""
+
+
+class PrivacyAccountingError(XCloudError, ValueError):
+    """No epsilon can be given for what is asked; none is reported then."""
+
+
+class PrivacyBudgetError(XCloudError):
+    """A round would cost more privacy than the job allows; it was not started."""
 
 
 class MessageError(XCloudError, ValueError):

@@ -91,6 +91,8 @@ class Member:
     """The round that it is at, or whose update nobody has collected yet."""
     round: int = 0
     """The last merge that it has taken up."""
+    trained: int = 0
+    """The last round that these processes were set to train; what they hold of it they offer again."""
     restarts: int = 0
 
 
@@ -124,6 +126,10 @@ class Fleet:
     def idle(self) -> list[str]:
         """Those of the ready regions that are not at work on a round."""
         return [name for name in self.ready if self._members[name].work is None]
+
+    def untrained(self, round: int) -> list[str]:
+        """Those of the idle regions that would train the round now, and not offer what they have of it already."""
+        return [name for name in self.idle if self._members[name].trained != round]
 
     @property
     def recovering(self) -> list[str]:
@@ -216,6 +222,7 @@ class Fleet:
         self._log.event("round_started", **began)
         for name in self.idle:
             self._members[name].work = self._members[name].handle.run(plan)
+            self._members[name].trained = plan.round
 
     def collect(self, round: int, merges: int, buffer: BufferConfig | None = None) -> dict[str, Offer]:
         """The updates of the regions at work, in the job's order, up to the policy's deadline.
@@ -276,6 +283,8 @@ class Fleet:
                 self._members[name].round, self._members[name].restarts = number, 0
                 before = applied[name].bytes_down if name in applied else 0
                 applied[name] = answer.model_copy(update={"bytes_down": before + answer.bytes_down})
+                if answer.pools:
+                    self._log.event("region_sharding", region=name, pools=json_safe(answer)["pools"])
         oldest = min((self._members[name].round for name in self.ready), default=total.round)
         self._sums = {number: one for number, one in self._sums.items() if number > oldest}
         return {name: applied[name] for name in names if name in applied and name in self.ready}
@@ -338,7 +347,7 @@ class Fleet:
             return
         member.restarts += 1
         self._log.event("region_starting", region=name, attempt=member.restarts + 1)
-        member.handle = self._build(name)
+        member.handle, member.trained = self._build(name), 0
         member.state, member.busy = State.STARTING, member.handle.start(False)
 
     def _take_back(self, order: Callable[[str], RestoreOrder | None], round: int) -> None:
@@ -365,7 +374,7 @@ class Fleet:
                 except (RegionError, DivergenceError, FutureTimeoutError) as error:
                     self.lose(name, round, str(error) or "it did not load the committed round in time")
                     continue
-            member.state, member.round = State.READY, restore.round if restore else 0
+            member.state, member.round, member.trained = State.READY, restore.round if restore else 0, 0
             self._log.event("region_rejoined", region=name, round=round)
 
     def _late(self, name: str, future: Future[Any], round: int) -> None:

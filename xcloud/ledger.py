@@ -10,11 +10,27 @@ from typing import Any
 
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
-from xcloud.errors import AggregationError, CheckpointError, DivergenceError
+from xcloud.errors import (
+    AggregationError,
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    PrivacyAccountingError,
+)
 from xcloud.manifest import ChunkLayout
-from xcloud.messages import Applied, RegionReady, RegionReport, RestoreOrder, RoundPlan, RoundSum, Saved
-from xcloud.metrics import RegionRow, RoundRow, read_events
+from xcloud.messages import (
+    Applied,
+    PrivacyTerms,
+    RegionReady,
+    RegionReport,
+    RestoreOrder,
+    RoundPlan,
+    RoundSum,
+    Saved,
+)
+from xcloud.metrics import PrivacyRow, RegionRow, RoundRow, read_events
 from xcloud.policies import suspicion
+from xcloud.privacy import PrivacyLedger, Release
 
 __all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "keep_job", "mean_loss"]
 
@@ -48,11 +64,18 @@ class Sync:
 
 
 class Ledger:
-    """Committed round, model, cursors and totals of one run."""
+    """Committed round, model, cursors, totals and released privacy of one run.
 
-    def __init__(self, job: JobConfig, store: CheckpointStore) -> None:
+    Args:
+        job: the whole job.
+        store: its checkpoints.
+        folder: the run folder, in which the privacy ledger is kept.
+    """
+
+    def __init__(self, job: JobConfig, store: CheckpointStore, folder: Path) -> None:
         self.job = job
         self.store = store
+        self.folder = folder
         self.round = 0
         self.model_digest = ""
         self.manifest_digest = ""
@@ -67,6 +90,8 @@ class Ledger:
         self.norms: list[float] = []
         self.losses: dict[str, float] = {}
         self.rejected = 0
+        self.privacy: PrivacyLedger | None = None
+        self.terms: dict[str, PrivacyTerms] = {}
 
     def outcome(self, finished: bool, reason: str) -> Outcome:
         """The run's outcome as it stands."""
@@ -77,6 +102,7 @@ class Ledger:
 
         Raises:
             DivergenceError: regions start from different layouts or weights.
+            ConfigError: regions hold the same data, and `dp` is asked for.
         """
         first = next(iter(ready.values()))
         for answer in ready.values():
@@ -95,6 +121,55 @@ class Ledger:
         self.fragments = first.fragments
         self.eval_start = self.eval_loss = mean_loss(ready.values())
         self.losses = {name: answer.eval_loss for name, answer in ready.items() if answer.eval_tokens}
+        self._open_privacy(ready)
+
+    def _open_privacy(self, ready: Mapping[str, RegionReady]) -> None:
+        """Go on with the run folder's privacy ledger, or begin one."""
+        dp = self.job.dp
+        if dp is None:
+            return
+        for name, answer in ready.items():
+            if answer.privacy is None or answer.privacy.unit != dp.unit:
+                raise PrivacyAccountingError(
+                    f"region {name!r} does not say under which terms it trains, though the job asks for dp; "
+                    "check that it runs the same version"
+                )
+            self.terms[name] = answer.privacy
+            twin = next((n for n in ready if n != name and self.data[n] == self.data[name]), None)
+            if twin is not None:
+                raise ConfigError(
+                    f"dp: regions {name!r} and {twin!r} hold the same data, so that what both release adds up; "
+                    "expected data of its own in each region"
+                )
+        fresh = PrivacyLedger(unit=dp.unit, delta=dp.delta, budget=dp.target_epsilon)
+        self._take_over(PrivacyLedger.kept(self.folder) or fresh)
+
+    def _take_over(self, ledger: PrivacyLedger) -> None:
+        """Go on from what was released before; a run never forgets."""
+        assert self.job.dp is not None
+        wanted = (self.job.dp.unit, self.job.dp.delta, self.job.dp.target_epsilon)
+        if (ledger.unit, ledger.delta, ledger.budget) != wanted:
+            raise CheckpointError(
+                f"{self.folder}: what was released here was booked per {ledger.unit} at delta {ledger.delta:g} with "
+                f"target_epsilon {ledger.budget}, not as this job's dp says; expected the same, or another run folder"
+            )
+        if self.privacy is None or len(ledger.releases) > len(self.privacy.releases):
+            self.privacy = ledger
+
+    def spend(self, plan: RoundPlan, names: Iterable[str]) -> None:
+        """Book what these regions are about to release by training a round; on the disk when this returns.
+
+        Raises:
+            PrivacyBudgetError: it would cost more than the job allows; nothing is booked, and nothing may be trained.
+        """
+        if self.privacy is None:
+            return
+        releases = tuple(
+            Release(round=plan.round, region=name, steps=plan.inner_steps, terms=self.terms[name])
+            for name in names
+        )
+        self.privacy = self.privacy.with_releases(releases)
+        self.privacy.keep(self.folder)
 
     def resume(self, record: CommitRecord) -> None:
         """Go on from a commit.
@@ -117,6 +192,8 @@ class Ledger:
         self.tokens, self.eval_start, self.eval_loss = record.tokens, record.eval_loss_start, record.eval_loss
         self.norms = list(record.norms)
         self.losses = {n: s.eval_loss for n, s in record.regions.items() if s.eval_loss is not None}
+        if self.privacy is not None and record.privacy is not None:
+            self._take_over(record.privacy)
 
     def order_or_none(self, name: str) -> RestoreOrder | None:
         """What region `name` has to load to stand at the committed round; None at round 0."""
@@ -210,7 +287,12 @@ class Ledger:
             sync_s=max(0.0, wall_s - compute_s - eval_s),
             regions={name: self._region_row(report, applied.get(name)) for name, report in reports.items()},
             model_digest=self.model_digest,
+            privacy=self._privacy_row(self.privacy.total) if self.privacy else None,
         )
+
+    def _privacy_row(self, epsilon: float) -> PrivacyRow:
+        assert self.privacy is not None
+        return PrivacyRow(unit=self.privacy.unit, epsilon=epsilon, delta=self.privacy.delta)
 
     def _region_row(self, report: RegionReport, applied: Applied | None) -> RegionRow:
         return RegionRow(
@@ -226,6 +308,7 @@ class Ledger:
             sync_s=report.encode_s + (applied.apply_s if applied else 0.0),
             update_norm=report.update_norm,
             cursor=report.cursor,
+            privacy=self._privacy_row(self.privacy.epsilon(report.region)) if self.privacy else None,
         )
 
     def commit(self, saved: Mapping[str, Saved], donor: str) -> CommitRecord:
@@ -261,6 +344,7 @@ class Ledger:
             eval_loss_start=self.eval_start,
             eval_loss=self.eval_loss,
             norms=tuple(self.norms),
+            privacy=self.privacy,
         )
         self.store.commit(record)
         self.saved = record

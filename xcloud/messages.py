@@ -20,6 +20,7 @@ __all__ = [
     "Folded",
     "Message",
     "PoolReport",
+    "PrivacyTerms",
     "Progress",
     "RankInfo",
     "RegionReady",
@@ -74,14 +75,28 @@ class RankInfo(Message):
     owned_chunks: int
 
 
+class PrivacyTerms(Message):
+    """Under which a region releases anything that its data had a part in.
+
+    `unit` is what epsilon protects. Each step releases a sum of contributions, clipped to a common norm, of units that
+    `sampler` has picked with `sampling_probability`, plus Gaussian noise of `noise_multiplier` times that norm.
+    """
+
+    unit: Literal["example", "region"]
+    sampler: Literal["poisson", "shuffled"] = "poisson"
+    sampling_probability: float = Field(gt=0, le=1)
+    noise_multiplier: float = Field(gt=0)
+
+
 class RegionReady(Message):
     """A region has its engines up and a model in place.
 
     `layout` gives each chunk's elements and matrices, as in `manifest.ChunkLayout`, `fragments` the half-open
-    range of chunk ids of each fragment.
+    range of chunk ids of each fragment. `privacy`: of its training; None without differential privacy.
     """
 
     region: str
+    privacy: PrivacyTerms | None = None
     manifest_digest: str
     model_digest: str
     parameters: int

@@ -33,6 +33,7 @@ from xcloud.messages import Message, Progress, json_safe
 __all__ = [
     "Event",
     "Listener",
+    "PrivacyRow",
     "RegionRow",
     "RoundRow",
     "RunLog",
@@ -66,6 +67,20 @@ class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class PrivacyRow(_Row):
+    """What was released so far, under differential privacy.
+
+    Attributes:
+        unit: what epsilon protects: one `example` (a training sequence of one region) or one whole `region`.
+        epsilon: spent by all rounds that were begun, of this region or, in total, of the region that spent most.
+        delta: at which epsilon holds.
+    """
+
+    unit: Literal["example", "region"]
+    epsilon: Number
+    delta: float
+
+
 class RegionRow(_Row):
     """What one region did in one round.
 
@@ -81,6 +96,7 @@ class RegionRow(_Row):
         sync_s: seconds of everything else: encoding, transfer, merging, applying.
         update_norm: L2 norm of the update.
         cursor: position in the region's data after the round.
+        privacy: None without differential privacy.
     """
 
     tokens: int
@@ -95,6 +111,7 @@ class RegionRow(_Row):
     cursor: int
     landing_s: Number = 0.0
     staleness: int = 0
+    privacy: PrivacyRow | None = None
 
 
 class RoundRow(_Row):
@@ -118,6 +135,7 @@ class RoundRow(_Row):
     sync_s: Number
     regions: dict[str, RegionRow]
     model_digest: str
+    privacy: PrivacyRow | None = None
 
 
 @dataclass(frozen=True)
@@ -473,7 +491,11 @@ def _scalars(row: RoundRow) -> dict[str, float | None]:
         "seconds/compute": row.compute_s,
         "seconds/sync": row.sync_s,
     }
+    if row.privacy is not None:
+        scalars[f"epsilon/{row.privacy.unit}"] = row.privacy.epsilon
     for name, region in row.regions.items():
-        numbers = region.model_dump(exclude={"cursor"})
+        numbers = region.model_dump(exclude={"cursor", "privacy"})
+        if region.privacy is not None:
+            numbers[f"epsilon/{region.privacy.unit}"] = region.privacy.epsilon
         scalars.update({f"{name}/{key}": value for key, value in numbers.items()})
     return scalars

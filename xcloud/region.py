@@ -144,6 +144,7 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         codec=job.codec,
         downlink=job.downlink,
         streaming=job.streaming,
+        dp=job.dp,
         job=job.name,
         members=len(job.regions),
         tokenizer=job.tokenizer,
@@ -480,7 +481,7 @@ class Region:
 
     def _ready(self, evaluate: bool) -> RegionReady:
         facts = gather([reference for pool in self.pools for reference in pool.ask("describe")])
-        data, fingerprint, sequences, manifest = facts[0]
+        data, fingerprint, sequences, manifest, privacy = facts[0]
         if any(other[1] != fingerprint for other in facts):
             raise DataError(
                 f"region {self.name!r}: its ranks see different data; expected equal files on its nodes"
@@ -488,6 +489,7 @@ class Region:
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
         return RegionReady(
             region=self.name,
+            privacy=privacy,
             manifest_digest=manifest.digest,
             model_digest=self.model_digest,
             parameters=manifest.size,

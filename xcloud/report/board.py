@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xcloud.messages import Progress
-from xcloud.metrics import Event, RoundRow, read_rounds
+from xcloud.metrics import Event, PrivacyRow, RoundRow, read_rounds
 from xcloud.report.text import NOTICE_KINDS, event_line
 
 if TYPE_CHECKING:  # the job file needs numpy and more, which `xcloud --help` should not wait for
@@ -34,6 +34,7 @@ class RegionStand:
     eval_loss: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
+    privacy: PrivacyRow | None = None
 
 
 class Board:
@@ -72,6 +73,7 @@ class Board:
                 stand.eval_loss = region.eval_loss
             stand.bytes_up += region.bytes_up
             stand.bytes_down += region.bytes_down
+            stand.privacy = region.privacy
             stand.state = "ready"
         self.committed, self.phase = row.round, "checkpointing"
         if self.round_began is not None:

@@ -116,6 +116,7 @@ def status_record(run_dir: Path) -> dict[str, Any]:
             "train_loss": mine[-1].train_loss if mine else None,
             "eval_loss": next((row.eval_loss for row in reversed(mine) if row.eval_loss is not None), None),
             "pools": pools.get(name, []),
+            "privacy": mine[-1].privacy.model_dump() if mine and mine[-1].privacy else None,
         }
     checkpoints = [event.fields for event in events if event.kind == "checkpoint_committed"]
     return {
@@ -135,6 +136,7 @@ def status_record(run_dir: Path) -> dict[str, Any]:
         "tokens": sum(row.tokens for row in rows),
         "bytes_up": sum(row.bytes_up for row in rows),
         "bytes_down": sum(row.bytes_down for row in rows),
+        "privacy": rows[-1].privacy.model_dump() if rows and rows[-1].privacy else None,
         "checkpoint": checkpoints[-1] if checkpoints else None,
         "regions": regions,
         "notices": [event_line(event) for event in events if event.kind in NOTICE_KINDS][-NOTICES:],
@@ -173,6 +175,9 @@ def status_view(run_dir: Path) -> RenderableType:
         f"{human_count(record['tokens'])} tokens, {human_bytes(record['bytes_up'])} up, "
         f"{human_bytes(record['bytes_down'])} down"
     )
+    if record["privacy"]:
+        spent = record["privacy"]
+        facts.append(f"epsilon {spent['epsilon']:.3g} per {spent['unit']} at delta {spent['delta']:g}")
     if record["checkpoint"]:
         facts.append(f"checkpoint of round {record['checkpoint']['round']}: {record['checkpoint']['path']}")
     parts += [Text(fact) for fact in facts]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xcloud.metrics import Event, RoundRow
+from xcloud.metrics import Event, PrivacyRow, RoundRow
 
 __all__ = [
     "NOTICE_KINDS",
@@ -19,6 +19,7 @@ __all__ = [
     "human_bytes",
     "human_clock",
     "human_count",
+    "human_epsilon",
     "human_loss",
     "human_seconds",
     "round_line",
@@ -88,12 +89,18 @@ def human_loss(loss: float | None) -> str:
     return f"{loss:.{2 if abs(loss) >= 1 else 3}f}"
 
 
+def human_epsilon(privacy: PrivacyRow | None) -> str:
+    """`1.24`, and `-` where nothing is released under differential privacy. Say the unit beside it."""
+    return "-" if privacy is None else f"{privacy.epsilon:.3g}"
+
+
 def round_line(row: RoundRow, rounds: int, width: int | None = None) -> str:
     """One committed round on one line, shortened from its end to fit `width`."""
     parts = [
         f"round {row.round}/{rounds}",
         f"train {human_loss(row.train_loss)}",
         f"eval {human_loss(row.eval_loss)}",
+        *([f"epsilon {human_epsilon(row.privacy)} per {row.privacy.unit}"] if row.privacy else []),
         f"{human_count(row.tokens)} tokens",
         f"up {human_bytes(row.bytes_up)}",
         f"down {human_bytes(row.bytes_down)}",
@@ -146,6 +153,9 @@ def _ready_line(fields: Mapping[str, Any], width: int | None) -> str:
     ]
     if fields.get("eval_loss") is not None:
         parts.append(f"eval {human_loss(fields['eval_loss'])}")
+    if fields.get("privacy"):
+        noise, unit = fields["privacy"]["noise_multiplier"], fields["privacy"]["unit"]
+        parts.append(f"noise multiplier {noise:.3g} (unit: {unit})")
     parts.append(f"{human_count(fields.get('parameters') or 0)} parameters")
     return _fit(parts, "; ", width)
 
@@ -212,6 +222,11 @@ def closing_lines(
         f"  results     {run}",
         "next",
     ]
+    spent = rows[-1].privacy if rows else None
+    if spent is not None:
+        lines.insert(
+            3, f"  privacy     epsilon {human_epsilon(spent)} per {spent.unit} at delta {spent.delta:g}"
+        )
     if not finished:
         lines.append(f"  xcloud train {shlex.join(job_arguments)} --resume {run}")
     lines.append(f"  xcloud status {run}")

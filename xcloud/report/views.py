@@ -25,6 +25,7 @@ from xcloud.report.text import (
     human_bytes,
     human_clock,
     human_count,
+    human_epsilon,
     human_loss,
     round_line,
 )
@@ -141,6 +142,9 @@ class LiveView:
             table.add_column(name, no_wrap=True, justify="right", min_width=5)
         for name in ("up", "down"):
             table.add_column(name, no_wrap=True, justify="right", min_width=8)
+        dp = self.board.job.dp
+        if dp is not None:
+            table.add_column(f"eps/{dp.unit}", no_wrap=True, justify="right")
         for name, stand in self.board.regions.items():
             rate = "-" if stand.tokens_per_s is None else human_count(stand.tokens_per_s)
             table.add_row(
@@ -152,6 +156,7 @@ class LiveView:
                 human_loss(stand.eval_loss),
                 human_bytes(stand.bytes_up),
                 human_bytes(stand.bytes_down),
+                *([human_epsilon(stand.privacy)] if dp is not None else []),
             )
         return table
 

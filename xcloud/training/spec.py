@@ -9,6 +9,7 @@ from xcloud.data import SourceConfig, TokenizerConfig
 from xcloud.outer import OuterConfig
 from xcloud.parts import Bundle
 from xcloud.policies import StreamingConfig
+from xcloud.privacy import DPConfig
 from xcloud.secure.tags import Sealed
 from xcloud.training.settings import EngineConfig, InnerConfig, ModelConfig
 
@@ -36,6 +37,7 @@ class WorkerSpec:
     codec: CodecConfig
     downlink: CodecConfig
     streaming: StreamingConfig
+    dp: DPConfig | None
     job: str
     members: int
     tokenizer: TokenizerConfig

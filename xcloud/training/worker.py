@@ -41,7 +41,7 @@ from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
 from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError
 from xcloud.manifest import Manifest
-from xcloud.messages import CheckpointFile, RankInfo, RestoreOrder, RoundPlan, RoundSum
+from xcloud.messages import CheckpointFile, PrivacyTerms, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
 from xcloud.secure.masks import Masker
 from xcloud.secure.tags import Sealed
@@ -51,6 +51,7 @@ from xcloud.training.engine import build_engine, device_of, join_process_group, 
 from xcloud.training.models import build_model, trainable
 from xcloud.training.muon import Muon
 from xcloud.training.parameters import open_parameters
+from xcloud.training.private import PrivateSteps, agreed_terms
 from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
 from xcloud.update import Framing, UpdatePath
 
@@ -123,6 +124,7 @@ class RankWorker:
         self.correction: Correction | None = None
         if spec.inner.correction is not None:
             self.correction = spec.inner.correction.build(self.parameters)
+        self.private = self._private_steps()
         self.chunks.spread(self.anchor, self.parameters.write)
         self._digests = self._digested()
         return self.info()
@@ -139,9 +141,10 @@ class RankWorker:
             owned_chunks=len(self.chunks.ids),
         )
 
-    def describe(self) -> tuple[str, str, int, Manifest]:
-        """Data in words and its fingerprint, training sequences, manifest."""
-        return self.store.describe(), self.store.fingerprint, len(self.store.train), self.manifest
+    def describe(self) -> tuple[str, str, int, Manifest, PrivacyTerms | None]:
+        """Data in words and its fingerprint, training sequences, manifest, terms of differential privacy."""
+        terms = self.private.terms if self.private is not None else None
+        return self.store.describe(), self.store.fingerprint, len(self.store.train), self.manifest, terms
 
     def work(
         self, plan: RoundPlan, start: int, share: float | None, masker: Masker | None = None
@@ -172,7 +175,10 @@ class RankWorker:
             overall = (plan.round - 1) * spec.inner.steps + step
             self._set_learning_rate(overall)
             generator.manual_seed(_mix(spec.seed, spec.region, spec.pool, spec.rank, overall))  # dropout
-            for part in range(accumulation):
+            if self.private is not None:
+                self.private.step()
+                losses += torch.nan  # it tells of the data, and no noise is on it
+            for part in range(accumulation if self.private is None else 0):
                 at = start + (step * accumulation + part) * stride + spec.rank * micro
                 batch = self._batch(self.store.train, self.order.indices(at, micro))
                 loss = engine(input_ids=batch, labels=batch).loss
@@ -524,6 +530,26 @@ class RankWorker:
         return float(np.dot(values.astype(np.float64), values.astype(np.float64)))
 
     # -- inner optimizer ------------------------------------------------------------------
+
+    def _private_steps(self) -> PrivateSteps | None:
+        """What takes the inner steps under differential privacy."""
+        spec, examples = self.spec, len(self.store.train)
+        if spec.dp is None:
+            return None
+        batch = spec.engine.micro_batch * spec.engine.gradient_accumulation * spec.world
+        terms = agreed_terms(spec.dp, spec.region, examples, batch, spec.rounds * spec.inner.steps)
+        return PrivateSteps(
+            self.engine,
+            self.parameters,
+            terms,
+            spec.dp.clip_norm,
+            examples=examples,
+            expected_batch=batch,
+            length=spec.sequence_length,
+            micro_batch=spec.engine.micro_batch,
+            replicated=spec.engine.zero_stage == 0,
+            read=lambda rows: self._batch(self.store.train, rows),
+        )
 
     def _factor(self, step: int) -> float:
         inner = self.spec.inner
