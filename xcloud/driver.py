@@ -73,16 +73,14 @@ class Run:
             if not isinstance(error, DivergenceError):
                 self.checkpoint()  # whoever is left holds the last committed round
             raise
-        played = not self.stop.is_set() or self.ledger.round == last
         self.checkpoint()
-        done = self.ledger
+        done, played = self.ledger, not self.stop.is_set() or self.ledger.round == last
         if played and last == self.job.rounds:
             told = {"rounds": done.round, "eval_loss": done.eval_loss, "seconds": time.monotonic() - began}
             self.log.event("run_finished", **told)
             return done.outcome(finished=True, reason="")
-        self.log.event(
-            "run_stopped", round=done.round, reason=(reason := "stop-after" if played else "interrupted")
-        )
+        reason = "stop-after" if played else "interrupted"
+        self.log.event("run_stopped", round=done.round, reason=reason)
         return done.outcome(finished=False, reason=reason)
 
     def round(self, number: int, final: bool) -> None:
