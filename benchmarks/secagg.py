@@ -84,7 +84,7 @@ def run(options: Options) -> Result:
             else "Flower: python -m benchmarks.peers install",
             "CKKS: TenSEAL, N = 8192, encryption and serialisation"
             if ckks
-            else "CKKS: not measured, TenSEAL is not installed",
+            else "CKKS: not measured; pip install -e '.[he]'",
             "a sync of 64 regions: all of them in turn in one process, chunks of 4,096 values",
         ],
     )
