@@ -491,6 +491,19 @@ def test_a_sum_is_applied_once() -> None:
         cohort.syncs["r00"].accept(result, again)
 
 
+def test_a_key_of_low_order_costs_the_region_that_has_sent_it_and_nobody_else() -> None:
+    def weaken(sent: dict[str, Any], cohort: Cohort) -> None:
+        weak = sent["r01"].model_copy(update={"channel": bytes(32)})
+        plan_hash = cohort.syncs["r01"].hash
+        signature = cohort.keys["r01"].sign("xcloud/advert/v1", plan_hash, *weak.fields())
+        sent["r01"] = weak.model_copy(update={"signature": signature})
+
+    cohort = Cohort(5, 1, tamper=at("advert", weaken))
+    totals, result = cohort.run()
+    assert result.names == ("r00", "r02", "r03", "r04")
+    assert all(np.array_equal(a, b) for a, b in zip(totals, cohort.exact(result.names), strict=True))
+
+
 # -- bytes that are no message ----------------------------------------------------------------------
 
 
