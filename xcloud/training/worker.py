@@ -386,7 +386,7 @@ class RankWorker:
             self.chunks.spread(control, partial(self.parameters.write, key=COMMON))
         if self.spec.region in total.regions:
             self.path.settle()
-        elif not total.regions:
+        elif total.summed or not total.regions:  # what adds up counts in its own round or never
             self.path.forget()
         began = time.perf_counter()
         loss, tokens = self._evaluate_anchor() if evaluate else (0.0, 0)
