@@ -500,6 +500,67 @@ def test_a_driver_cannot_leave_out_the_tags(tmp_path: Path) -> None:
         world.guards["r0"].answer("open", 1, world.merging._signed(world.plan(), world.names).to_wire())
 
 
+# -- one bad region -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lie", [{"upload": "nonsense"}, {"round": 9}, {"share": math.nan}, {"share": -1e9}])
+def test_a_nonsensical_report_costs_its_region_at_most(world: World, lie: dict[str, Any]) -> None:
+    updates, plan = updates_of(world), world.plan()
+    world.merging.open(plan, world)
+    offers = [world.offer(name, update, plan) for name, update in updates.items()]
+    header, handles = offers[1]
+    offers[1] = header.model_copy(update=lie), handles
+    total, handles = world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
+    if "share" not in lie:
+        del updates["r1"]
+    assert total.regions == tuple(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+@pytest.mark.parametrize("told", [b"", b"nonsense", b"-1", b"9" * 400, str((1 << 63) - 2).encode()])
+def test_a_region_cannot_use_up_the_starts_of_a_job(world: World, told: bytes) -> None:
+    honest = world.relay
+
+    def relay(stage: str, number: int, asked: Mapping[str, bytes]) -> dict[str, bytes]:
+        answers = honest(stage, number, asked)
+        return answers | {"r1": told} if stage == "start" else answers
+
+    world.relay = relay  # type: ignore[method-assign]
+    updates = updates_of(world)
+    total, handles = world.play(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+# -- trying again without new keys, as with overlap -------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["add", "unmask"])
+def test_a_merge_that_failed_is_tried_again_with_the_same_keys(world: World, stage: str) -> None:
+    """With overlap the regions have gone on: what they have sent is all that there is."""
+    updates, plan = updates_of(world), world.plan()
+    world.merging.open(plan, world)
+    offers = [world.offer(name, update, plan) for name, update in updates.items()]
+    honest = getattr(world.adding, stage)
+
+    def die(*_: Any) -> Any:
+        raise RegionError("the aggregator", "its process is gone")
+
+    setattr(world.adding, stage, die)
+    with pytest.raises(RegionError, match="its process is gone"):
+        world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
+    setattr(world.adding, stage, honest)
+    again = plan.model_copy(update={"attempt": 2})
+    total, handles = world.merging.merge(again, LAYOUT, *zip(*offers, strict=True)).result()
+    assert encodings(world.store, total, handles) == world.exact(updates)
+    assert not world.merging._open
+
+
+def test_rounds_that_are_never_merged_are_forgotten(world: World) -> None:
+    for number in range(1, 12):
+        world.merging.open(world.plan(number), world)
+    assert len(world.merging._open) <= 4
+
+
 def test_a_rank_takes_no_chunk_that_was_not_signed(world: World) -> None:
     total, handles = world.play(updates_of(world))
     worker = importlib.import_module("xcloud.training.worker")  # torch takes its time
