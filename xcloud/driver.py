@@ -22,7 +22,7 @@ from typing import Any
 from xcloud.aggregation import AggregatorHandle
 from xcloud.checkpoint import CheckpointStore, CommitRecord
 from xcloud.config import JobConfig
-from xcloud.errors import AggregationError, DivergenceError, QuorumError, RegionError
+from xcloud.errors import AggregationError, DivergenceError, QuorumError, RegionError, SecurityError
 from xcloud.fleet import Fleet
 from xcloud.ledger import Ledger, Offers, Outcome, Sync
 from xcloud.messages import Applied, RoundPlan, RoundSum, json_safe
@@ -96,7 +96,10 @@ class Run:
     def attempt(self, plan: RoundPlan, final: bool) -> bool:
         """Try a round once; True when it is over, False to try again."""
         began, number, job = time.perf_counter(), plan.round, self.job
-        self.aggregator.open(plan, self.fleet)
+        try:
+            self.aggregator.open(plan, self.fleet)
+        except SecurityError as error:  # a region that died on the way may be back in the next attempt
+            return self.again(plan, str(error))
         self.fleet.launch(plan, job.rounds)
         self.land(beside=plan)  # what the last round offered travels while this one trains
         offers = self.fleet.collect(number, self.ledger.round, job.buffer)
@@ -180,7 +183,7 @@ class Run:
             self.again(plan, str(error))
             return None
         self.log.event(
-            "round_merged", round=plan.round, regions=list(offers), seconds=time.perf_counter() - began
+            "round_merged", round=plan.round, regions=list(total.regions), seconds=time.perf_counter() - began
         )
         return total, handles
 
