@@ -455,8 +455,9 @@ class FakeAggregator:
         self.world = world
         self.alive = True
 
-    def open(self, plan: RoundPlan, fleet: Any) -> None:
+    def open(self, plan: RoundPlan, fleet: Any) -> str | None:
         del plan, fleet
+        return None
 
     def merge(
         self,

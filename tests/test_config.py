@@ -697,6 +697,10 @@ def three(**changes: Any) -> dict[str, Any]:
             {"secure_aggregation": {"minimum": 2}},
             "minimum is 2, with which each region learns the other's update",
         ),
+        (
+            {"failure": {"quorum": 2}},
+            "failure.quorum is 2, but secure_aggregation opens no sum of fewer than 3",
+        ),
         ({"secure_aggregation": {"minimum": 4}}, "needs 4 regions in a sum, but 'regions' lists only 3"),
         ({"secure_aggregation": {"colluders": 2}}, "needs 4 regions in a sum, but 'regions' lists only 3"),
         (

@@ -31,6 +31,7 @@ from xcloud.errors import (
     DivergenceError,
     QuorumError,
     RegionError,
+    SecurityError,
     XCloudError,
 )
 from xcloud.fleet import Fleet
@@ -357,6 +358,51 @@ def test_the_aggregator_dies(whole: Game, tmp_path: Path) -> None:
     assert [row.attempt for row in game.rows.values()] == [2, 1, 3, 1]
     assert game.who("region_failed") == []
     assert len(game.world.trained) == 12
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_keys_that_could_not_be_agreed_on_cost_an_attempt(
+    whole: Game, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    left = [times]
+
+    def unable(self: FakeAggregator, plan: RoundPlan, fleet: Fleet) -> None:
+        if plan.round == 2 and left[0]:
+            left[0] -= 1
+            raise SecurityError("round 2: 2 good adverts, expected at least 3")
+
+    monkeypatch.setattr(FakeAggregator, "open", unable)
+    game = Game(tmp_path)
+    if times == 1:
+        game.play()
+        assert game.record == whole.record
+        assert game.rounds_of("round_retried") == [2]
+    else:
+        with pytest.raises(QuorumError, match=r"2 good adverts.*after 4 attempts"):
+            game.play()
+        assert game.record.round == 1
+
+
+def test_a_region_that_reports_in_the_name_of_another_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, lies = FakeRegion.run, [1]
+
+    def run(self: FakeRegion, plan: RoundPlan) -> Any:
+        future = honest(self, plan)
+        if self.name != "b" or not lies:
+            return future
+        lies.clear()
+        stolen: Future[Any] = Future()
+        header, handles = future.result()
+        stolen.set_result((header.model_copy(update={"region": "a"}), handles))
+        return stolen
+
+    monkeypatch.setattr(FakeRegion, "run", run)
+    game = Game(tmp_path)
+    assert game.play().finished
+    assert game.who("region_failed") == ["b"]
+    assert game.reasons("region_failed") == ["it reports in the name of 'a'"]
 
 
 def test_an_aggregator_that_dies_every_time(whole: Game, tmp_path: Path) -> None:

@@ -155,3 +155,29 @@ def test_a_row_counts_what_crossed_between_clouds(
     row = ledger.close_round(plan, reports, total, applied, 9.0)
     assert (row.bytes_up, row.bytes_down) == (600, 900)
     assert (row.egress_bytes_up, row.egress_bytes_down) == (up, down)
+
+
+@pytest.mark.parametrize(("streaming", "read"), [({}, 0), ({"overlap": 1}, 5)])
+def test_a_region_whose_update_was_left_out_reads_its_data_again(
+    tmp_path: Path, streaming: dict[str, Any], read: int
+) -> None:
+    """As the region does, unless it goes on from its own model."""
+    names = ("a", "b", "c")
+    raw = raw_job(tmp_path, [region(tmp_path, name, 1) for name in names], streaming=streaming)
+    ledger = Ledger(job_of(raw), CheckpointStore(tmp_path / "c"))
+    ledger.begin({name: ready(name) for name in names})
+    plan = RoundPlan(job="tiny", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=1)
+    total = RoundSum(
+        round=1, attempt=1, regions=("a", "b"), weights=(0.5, 0.5), chunk_bytes=(1,), norm=None, fold_s=0.0
+    )
+    applied = {
+        name: Applied(
+            region=name, round=1, model_digest="next", eval_loss=1.0, eval_tokens=1, apply_s=0, eval_s=0
+        )
+        for name in names
+    }
+    reports = {name: report(name, 5).model_copy(update={"cursor": 5}) for name in names}
+    row = ledger.close_round(plan, reports, total, applied, 9.0)
+    assert set(row.regions) == {"a", "b"}
+    assert row.tokens == 10
+    assert ledger.cursors == {"a": 5, "b": 5, "c": read}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,11 @@ from xcloud.config import JobConfig
 from xcloud.errors import MessageError, PolicyError, RegionError, SecurityError
 from xcloud.manifest import ChunkLayout
 from xcloud.masking import MaskedAggregation
-from xcloud.messages import RoundPlan
-from xcloud.parts import PartWriter
+from xcloud.messages import RoundPlan, RoundSum
+from xcloud.parts import Bundle, PartWriter
+from xcloud.region import Region
 from xcloud.secure.local import make_keys, open_driver, open_guard
+from xcloud.secure.messages import SyncPlan
 from xcloud.secure.settings import SecureConfig
 from xcloud.update import Framing, UpdatePath
 
@@ -137,7 +142,7 @@ class World:
     def offer(self, name: str, update: Any, plan: RoundPlan) -> tuple[Any, list[Any]]:
         """What a region sends, in parts of a few chunks."""
         guard, path = self.guards[name], self.path(name)
-        masker = guard.masker(plan.round)
+        masker = guard.spend(plan.round)
         lengths = [shape.length for shape in self.layout]
         writer, sealed, at = PartWriter(self.store.put, lengths, self.capacity), [], 0
         for chunk, length in enumerate(lengths):
@@ -159,7 +164,7 @@ class World:
     def play(self, updates: Mapping[str, Any], plan: RoundPlan | None = None) -> tuple[Any, list[Any]]:
         """A whole round of these regions."""
         plan = plan or self.plan()
-        self.merging.open(plan, self)
+        self.merging.agree(plan, self)
         offers = [self.offer(name, update, plan) for name, update in updates.items()]
         reports, handles = zip(*offers, strict=True)
         self.heard += [header.to_wire() for header in reports]
@@ -216,7 +221,7 @@ def test_a_region_that_fails_at_any_stage_costs_its_own_update_at_most(
     world.faults[stage, "r2"] = fault
     updates = updates_of(world)
     plan = world.plan()
-    world.merging.open(plan, world)
+    world.merging.agree(plan, world)
     there = {n: u for n, u in updates.items() if n != "r2" or stage in ("agree", "unmask", "confirm")}
     offers = [world.offer(name, update, plan) for name, update in there.items()]
     total, handles = world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
@@ -250,7 +255,7 @@ def test_tags_show_that_the_sum_is_the_sum(tmp_path: Path, codec: Any) -> None:
 def test_a_region_that_dies_before_its_upload_is_left_out(world: World) -> None:
     updates = updates_of(world)
     plan = world.plan()
-    world.merging.open(plan, world)
+    world.merging.agree(plan, world)
     del updates["r1"]
     world.lost.add("r1")
     offers = [world.offer(name, update, plan) for name, update in updates.items()]
@@ -260,7 +265,7 @@ def test_a_region_that_dies_before_its_upload_is_left_out(world: World) -> None:
 
 def test_an_upload_altered_in_the_store_is_left_out_before_anything_is_opened(world: World) -> None:
     updates, plan = updates_of(world), world.plan()
-    world.merging.open(plan, world)
+    world.merging.agree(plan, world)
     offers = [world.offer(name, update, plan) for name, update in updates.items()]
     handle = offers[1][1][0]
     altered = world.store.kept[handle].copy()
@@ -290,7 +295,7 @@ def test_keys_of_too_few_regions_stop_the_round(world: World) -> None:
     for name in ("r1", "r2"):
         world.faults["open", name] = "silent"
     with pytest.raises(SecurityError, match="round 1: 2 good adverts, expected at least 3"):
-        world.merging.open(world.plan(), world)
+        world.merging.agree(world.plan(), world)
 
 
 def test_nothing_is_sent_without_keys(world: World) -> None:
@@ -343,9 +348,9 @@ def test_two_syncs_may_be_open_at_once(world: World) -> None:
     """With overlap a round trains while the one before is merged."""
     updates = updates_of(world)
     first, second = world.plan(1), world.plan(2)
-    world.merging.open(first, world)
+    world.merging.agree(first, world)
     one = [world.offer(name, update, first) for name, update in updates.items()]
-    world.merging.open(second, world)
+    world.merging.agree(second, world)
     total, handles = world.merging.merge(first, LAYOUT, *zip(*one, strict=True)).result()
     two = [world.offer(name, update, second) for name, update in updates.items()]
     assert encodings(world.store, total, handles) == world.exact(updates, 1)
@@ -364,7 +369,7 @@ def test_driver_and_aggregator_hold_nothing_that_tells_of_one_region(tmp_path: P
     }
     world.faults["agree", "r4"] = "silent"
     plan = world.plan()
-    world.merging.open(plan, world)
+    world.merging.agree(plan, world)
     offers = {name: world.offer(name, update, plan) for name, update in updates.items()}
     late = offers.pop("r3")  # its keys were agreed on, its upload came too late, and the aggregator holds it
     world.heard += [header.to_wire() for header, _ in [*offers.values(), late]]
@@ -397,3 +402,178 @@ def test_driver_and_aggregator_hold_nothing_that_tells_of_one_region(tmp_path: P
         for secret in secrets:
             assert secret not in text
             assert secret.hex().encode() not in text
+
+
+# -- regions whose driver or aggregator lies ------------------------------------------------------
+
+
+def region_of(world: World, name: str) -> Region:
+    """A region without ranks behind a guard."""
+    region = Region(world.job, name, "tag", False)
+    region.guard = world.guards[name]
+    return region
+
+
+def plan_of(world: World, **changes: Any) -> RoundPlan:
+    return world.plan().model_copy(update={"inner_steps": world.job.inner.steps} | changes)
+
+
+def test_only_the_sum_that_was_signed_is_applied(world: World) -> None:
+    total, _ = world.play(updates_of(world))
+    lies: list[dict[str, Any]] = [
+        {"total_share": total.total_share / 1000},  # the same integers, a thousand times as long
+        {"regions": total.regions[:3]},
+        {"summed": False},
+        {"chunk_bytes": total.chunk_bytes[1:]},
+    ]
+    for name, lie in zip(world.names, lies, strict=True):
+        with pytest.raises(SecurityError, match="the sum's header is not of what the regions have signed"):
+            region_of(world, name)._accept(total.model_copy(update=lie))
+
+
+def test_a_signed_sum_is_applied_with_its_hashes(world: World) -> None:
+    total, handles = world.play(updates_of(world))
+    found = encodings(world.store, total, handles)
+    hashes = region_of(world, "r0")._accept(total)
+    assert hashes == tuple(hashlib.sha256(found[chunk]).digest() for chunk in sorted(found))
+
+
+def test_a_sum_of_no_region_changes_nothing(world: World) -> None:
+    total, _ = world.play(updates_of(world))
+    region = region_of(world, "r0")
+    assert region._accept(RoundSum.of_nothing(world.plan(), None)) == ()
+    with pytest.raises(SecurityError, match="a sum of no region that changes something"):
+        region._accept(total.model_copy(update={"regions": ()}))
+
+
+def test_masks_hide_one_update_and_no_second(world: World) -> None:
+    """A region is told to discard its update and to make another, which is nothing: what is sent differs by the first."""
+    plan = plan_of(world)
+    world.merging.agree(plan, world)
+    region = region_of(world, "r0")
+    region._spend(plan)
+    region.discard()
+    with pytest.raises(RegionError, match="'r0': round 1: its keys have masked an update already"):
+        region.run(plan)
+
+
+@pytest.mark.parametrize("lie", [{"inner_steps": 0}, {"chunks": (0, 1)}, {"attempt": 2}])
+def test_a_region_trains_what_was_signed(world: World, lie: dict[str, Any]) -> None:
+    world.merging.agree(plan_of(world), world)
+    region = region_of(world, "r0")
+    with pytest.raises(RegionError, match=r"but .* is what was signed"):
+        region.run(plan_of(world, **lie))
+    region._spend(plan_of(world))
+
+
+def test_a_region_without_keys_fails_alone(world: World) -> None:
+    with pytest.raises(RegionError, match="'r0': round 1"):
+        region_of(world, "r0").run(plan_of(world))
+
+
+def test_nobody_but_the_regions_of_the_job_is_in_a_cohort(tmp_path: Path) -> None:
+    """The driver's own key, an aggregator's, or a region of another job would be one more colluder."""
+    world = World(tmp_path)
+    world.merging._start = 1
+    with pytest.raises(SecurityError, match="'driver' is driver in the roster; expected region"):
+        world.guards["r0"].answer(
+            "open", 1, world.merging._signed(world.plan(), ["r0", "r1", "driver"]).to_wire()
+        )
+    signed = world.merging._signed(world.plan(), ["r0", "r1", "r2"])
+    region = region_of(world, "r0")
+    stranger = SyncPlan.from_wire(signed.plan, "driver").model_copy(
+        update={
+            "model": region.model_digest,
+            "update": world.job.update_digest,
+            "cohort": ("r0", "r1", "elsewhere"),
+        }
+    )
+    with pytest.raises(SecurityError, match=r"its cohort names \['elsewhere'\], no regions of this job"):
+        region._check(stranger)
+
+
+def test_a_driver_cannot_leave_out_the_tags(tmp_path: Path) -> None:
+    world = World(tmp_path, verify=True)
+    world.merging._start = 1
+    world.merging.config = world.config.model_copy(update={"verify": False})
+    with pytest.raises(PolicyError, match="leaves out the tags"):
+        world.guards["r0"].answer("open", 1, world.merging._signed(world.plan(), world.names).to_wire())
+
+
+# -- one bad region -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lie", [{"upload": "nonsense"}, {"round": 9}, {"share": math.nan}, {"share": -1e9}])
+def test_a_nonsensical_report_costs_its_region_at_most(world: World, lie: dict[str, Any]) -> None:
+    updates, plan = updates_of(world), world.plan()
+    world.merging.agree(plan, world)
+    offers = [world.offer(name, update, plan) for name, update in updates.items()]
+    header, handles = offers[1]
+    offers[1] = header.model_copy(update=lie), handles
+    total, handles = world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
+    if "share" not in lie:
+        del updates["r1"]
+    assert total.regions == tuple(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+@pytest.mark.parametrize("told", [b"", b"nonsense", b"-1", b"9" * 400, str((1 << 63) - 2).encode()])
+def test_a_region_cannot_use_up_the_starts_of_a_job(world: World, told: bytes) -> None:
+    honest = world.relay
+
+    def relay(stage: str, number: int, asked: Mapping[str, bytes]) -> dict[str, bytes]:
+        answers = honest(stage, number, asked)
+        return answers | {"r1": told} if stage == "start" else answers
+
+    world.relay = relay  # type: ignore[method-assign]
+    updates = updates_of(world)
+    total, handles = world.play(updates)
+    assert encodings(world.store, total, handles) == world.exact(updates)
+
+
+# -- trying again without new keys, as with overlap -------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["add", "unmask"])
+def test_a_merge_that_failed_is_tried_again_with_the_same_keys(world: World, stage: str) -> None:
+    """With overlap the regions have gone on: what they have sent is all that there is."""
+    updates, plan = updates_of(world), world.plan()
+    world.merging.agree(plan, world)
+    offers = [world.offer(name, update, plan) for name, update in updates.items()]
+    honest = getattr(world.adding, stage)
+
+    def die(*_: Any) -> Any:
+        raise RegionError("the aggregator", "its process is gone")
+
+    setattr(world.adding, stage, die)
+    with pytest.raises(RegionError, match="its process is gone"):
+        world.merging.merge(plan, LAYOUT, *zip(*offers, strict=True)).result()
+    setattr(world.adding, stage, honest)
+    again = plan.model_copy(update={"attempt": 2})
+    total, handles = world.merging.merge(again, LAYOUT, *zip(*offers, strict=True)).result()
+    assert encodings(world.store, total, handles) == world.exact(updates)
+    assert not world.merging._open
+
+
+def test_rounds_that_are_never_merged_are_forgotten(world: World) -> None:
+    for number in range(1, 12):
+        world.merging.agree(world.plan(number), world)
+    assert len(world.merging._open) <= 4
+
+
+def test_a_rank_takes_no_chunk_that_was_not_signed(world: World) -> None:
+    total, handles = world.play(updates_of(world))
+    worker = importlib.import_module("xcloud.training.worker")  # torch takes its time
+    rank = worker.RankWorker(SimpleNamespace(region="r0"), world.store)
+    rank.path = world.path("r0")
+    merged, hashes = (
+        Bundle(total.parts, total.chunk_bytes, tuple(handles)),
+        region_of(world, "r0")._accept(total),
+    )
+    for chunk in total.chunks:
+        assert rank._opened(total, merged, hashes)(chunk).size == LAYOUT[chunk].length
+    altered = world.store.kept[handles[0]].copy()
+    altered[100] ^= 1
+    world.store.kept[handles[0]] = altered
+    with pytest.raises(RegionError, match="'r0': chunk 0 of the sum is not what the regions have signed"):
+        rank._opened(total, merged, hashes)(0)

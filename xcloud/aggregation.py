@@ -306,7 +306,7 @@ class AggregatorHandle(Protocol):
         updates: Sequence[Sequence[Any]],
     ) -> Future[tuple[RoundSum, list[Any]]]: ...
 
-    def open(self, plan: RoundPlan, fleet: Any) -> None: ...
+    def open(self, plan: RoundPlan, fleet: Any) -> str | None: ...
 
     def restart(self) -> None: ...
 
@@ -346,8 +346,10 @@ class ClusterAggregation:
         """Merge in the actors; see `Aggregation.merge`."""
         return later("the aggregator", lambda: self._aggregation.merge(plan, layout, reports, updates))
 
-    def open(self, plan: RoundPlan, fleet: Any) -> None:
-        """Nothing has to be agreed on before a round whose updates are not masked."""
+    def open(self, plan: RoundPlan, fleet: Any) -> str | None:
+        """What stands in the way of a round; nothing where updates are not masked."""
+        del plan, fleet
+        return None
 
     def add(
         self,

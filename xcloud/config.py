@@ -345,6 +345,11 @@ class JobConfig(_Section):
                 f"secure_aggregation needs {secure.survivors} regions in a sum, but 'regions' lists only "
                 f"{len(self.regions)}; expected at least that many (with two, allow_two: true)"
             )
+        if self.failure.quorum is not None and self.failure.quorum < secure.survivors:
+            raise ValueError(
+                f"failure.quorum is {self.failure.quorum}, but secure_aggregation opens no sum of fewer than "
+                f"{secure.survivors} regions; expected at least that many"
+            )
         if secure.threshold(len(self.regions)) > len(self.regions):
             raise ValueError(
                 f"secure_aggregation.colluders is {secure.colluders} of {len(self.regions)} regions; "

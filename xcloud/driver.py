@@ -98,7 +98,8 @@ class Run:
     def attempt(self, plan: RoundPlan, final: bool) -> bool:
         """Try a round once; True when it is over, False to try again."""
         began, number, job = time.perf_counter(), plan.round, self.job
-        self.aggregator.open(plan, self.fleet)
+        if refused := self.aggregator.open(plan, self.fleet):
+            return self.again(plan, refused)  # a region that died on the way may be back in the next attempt
         self.ledger.spend(plan, self.fleet.untrained(number))
         self.fleet.launch(plan, job.rounds)
         self.land(beside=plan)  # what the last round offered travels while this one trains
@@ -180,7 +181,7 @@ class Run:
             self.again(plan, str(error))
             return None
         self.log.event(
-            "round_merged", round=plan.round, regions=list(offers), seconds=time.perf_counter() - began
+            "round_merged", round=plan.round, regions=list(total.regions), seconds=time.perf_counter() - began
         )
         return total, handles
 
@@ -231,8 +232,7 @@ class Run:
         if self.fleet.recovering:
             self.land()
             self.checkpoint()  # what they will have to load
-        saved = self.ledger.saved.round if self.ledger.saved else 0
-        if saved == self.ledger.round:
+        if (saved := self.ledger.saved_round) == self.ledger.round:
             self.fleet.recover(self.ledger.order_or_none, number, self.job.needed)
         if not self.fleet.ready:
             raise QuorumError(f"round {number}: no region is left; go on from round {saved} with --resume")
@@ -240,7 +240,7 @@ class Run:
     def checkpoint(self) -> None:
         """Save every idle region's state of the committed round, unless that is done already."""
         number = self.ledger.round
-        while self.fleet.idle and number > (self.ledger.saved.round if self.ledger.saved else 0):
+        while self.fleet.idle and number > self.ledger.saved_round:
             self.ledger.store.clear(number)
             donor = self.fleet.idle[0]
             saved = self.fleet.save(number, donor)

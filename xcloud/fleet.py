@@ -249,6 +249,9 @@ class Fleet:
                 if member.state is State.READY:  # it may have failed while it took up an earlier merge
                     self.lose(name, round, str(error))
                 continue
+            if report.region != name:
+                self.lose(name, round, f"it reports in the name of {report.region!r}")
+                continue
             offers[name] = report.model_copy(update={"staleness": max(0, merges - member_round)}), handles
             self._log_finished(name, report)
             if buffer and len(offers) == buffer.goal:
@@ -356,7 +359,7 @@ class Fleet:
                 continue
             done, member.busy = member.busy, None
             failed = done.exception()
-            if isinstance(failed, RegionError | DivergenceError | PlacementError):
+            if isinstance(failed, RegionError | DivergenceError | PlacementError | SecurityError):
                 self.lose(name, round, str(failed))
                 continue
             answer = done.result()  # anything else is not the region's failure

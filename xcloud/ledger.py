@@ -93,6 +93,11 @@ class Ledger:
         self.privacy: PrivacyLedger | None = None
         self.terms: dict[str, PrivacyTerms] = {}
 
+    @property
+    def saved_round(self) -> int:
+        """The newest round that a checkpoint holds; 0: none does."""
+        return self.saved.round if self.saved else 0
+
     def outcome(self, finished: bool, reason: str) -> Outcome:
         """The run's outcome as it stands."""
         return Outcome(self.round, finished, reason, self.eval_start, self.eval_loss)
@@ -260,7 +265,11 @@ class Ledger:
         norm = next(iter(applied.values())).norm
         if self.job.guards and norm is not None:
             self.norms = [*self.norms, norm][-self.job.guards.window :]
-        self.cursors |= {name: report.cursor for name, report in reports.items()}
+        counted = {name: report for name, report in reports.items() if name in total.regions}
+        # A region whose update was left out reads its data again, unless it goes on from its own model.
+        read = reports if self.job.streaming.keeps_local else counted
+        self.cursors |= {name: report.cursor for name, report in read.items()}
+        reports = counted
         tokens = sum(report.tokens for report in reports.values())
         self.tokens += tokens
         loss = mean_loss(applied.values())

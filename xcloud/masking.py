@@ -8,6 +8,7 @@ with them is `secure.server`'s.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from xcloud.secure.messages import (
     SealedShares,
     SecureMessage,
     SignedPlan,
+    Survivors,
     SyncPlan,
     Unmasking,
     Upload,
@@ -40,6 +42,9 @@ from xcloud.transport.blobs import Handle
 from xcloud.transport.calls import later
 
 __all__ = ["Adder", "MaskedAggregation", "Relay"]
+
+KEPT = 4
+"""Rounds whose syncs are kept, as the regions do (`secure.guard`); those of skipped rounds are never merged."""
 
 M = TypeVar("M", bound=SecureMessage)
 
@@ -82,6 +87,13 @@ class Adder(Protocol):
     def restart(self) -> None: ...
 
 
+def _start(told: bytes) -> int:
+    """The latest start that a region knows of; 0 for nonsense. Starts that grow by one are never ahead of the clock, so one
+    region's lie cannot use them up."""
+    known = int(told) if told.isdigit() and len(told) < 20 else 0
+    return known if known <= time.time_ns() // 1_000_000 else 0
+
+
 @dataclass
 class _Open:
     """A sync between its keys and its sum."""
@@ -89,6 +101,8 @@ class _Open:
     server: Server
     members: tuple[str, ...]
     """U2: who can be in the sum."""
+    opened: tuple[Survivors, Masker] | None = None
+    """What opens the sum of these survivors: regions give it once."""
 
 
 class MaskedAggregation:
@@ -122,7 +136,15 @@ class MaskedAggregation:
         self._fleet: Relay | None = None
         self._open: dict[int, _Open] = {}
 
-    def open(self, plan: RoundPlan, fleet: Relay) -> None:
+    def open(self, plan: RoundPlan, fleet: Relay) -> str | None:
+        """Like `agree`; returns why there are no keys, or None."""
+        try:
+            self.agree(plan, fleet)
+        except SecurityError as error:
+            return str(error)
+        return None
+
+    def agree(self, plan: RoundPlan, fleet: Relay) -> None:
         """Have the regions that are there agree on keys for a round.
 
         Raises:
@@ -131,7 +153,7 @@ class MaskedAggregation:
         self._fleet, cohort = fleet, sorted(fleet.idle)
         if not self._start:
             starts = fleet.relay("start", plan.round, dict.fromkeys(cohort, plan.job.encode()))
-            self._start = 1 + max((int(start) for start in starts.values()), default=0)
+            self._start = 1 + max((_start(told) for told in starts.values()), default=0)
         signed = self._signed(plan, cohort)
         server = Server(signed, self._roster)
         adverts = server.adverts(self._ask("open", plan, dict.fromkeys(cohort, signed), Advert))
@@ -141,6 +163,7 @@ class MaskedAggregation:
         second = [message.name for message in shares]
         boxes = {name: Delivered(shares=tuple(server.for_one(name, shares))) for name in second}
         received = fleet.relay("receive", plan.round, {name: box.to_wire() for name, box in boxes.items()})
+        self._open = {n: sync for n, sync in self._open.items() if n > plan.round - KEPT}
         self._open[plan.round] = _Open(server, tuple(received))
 
     def merge(
@@ -150,7 +173,11 @@ class MaskedAggregation:
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
     ) -> Future[tuple[RoundSum, list[Handle]]]:
-        """Merge in the actors; see `Aggregation.merge`. A region whose masked update is bad is left out."""
+        """Merge in the actors; see `Aggregation.merge`. A region whose masked update is bad is left out.
+
+        What has failed may be tried again with the keys of the round: the same survivors' sum is opened with what has
+        opened it before.
+        """
         offers = {r.region: (r, handles) for r, handles in zip(reports, updates, strict=True)}
         return later("the aggregator", lambda: self._merge(plan, layout, offers))
 
@@ -165,19 +192,15 @@ class MaskedAggregation:
         offers: Mapping[str, tuple[RegionReport, Sequence[Handle]]],
     ) -> tuple[RoundSum, list[Handle]]:
         assert self._fleet is not None, "keys come first"
-        sync = self._open.pop(plan.round)
+        sync = self._open[plan.round]
         server = sync.server
         try:
-            uploads = {
-                name: Upload.from_wire(report.upload.encode(), name)
-                for name, (report, _) in offers.items()
-                if name in sync.members
-            }
+            uploads = self._uploads(plan, offers, sync)
             total, handles = self._add(plan, layout, offers, server, uploads)
             names = server.survivors.names
-            signed = self._fleet.relay("agree", plan.round, dict.fromkeys(names, server.survivors.to_wire()))
-            asked = Opening(survivors=server.survivors, quorum=server.agreed(signed))
-            opening = server.opening(self._ask("unmask", plan, dict.fromkeys(names, asked), Unmasking))
+            if sync.opened is None or sync.opened[0] != server.survivors:
+                sync.opened = server.survivors, self._opening(plan, server)
+            opening = sync.opened[1]
             total, handles, hashes = self._aggregation.unmask(layout, total, handles, opening)
             result = server.result(hashes, opening)
             confirmed = self._fleet.confirm(total, handles, result.to_wire(), names)
@@ -186,8 +209,37 @@ class MaskedAggregation:
             SecurityError
         ) as error:  # the round is tried again with new keys, unless its sum was opened already
             raise RegionError("the cohort", str(error)) from error
+        del self._open[plan.round]
         changes = {"proof": proof.to_wire().decode(), "total_share": result.weight / SCALE}
         return total.model_copy(update=changes), handles
+
+    def _uploads(
+        self,
+        plan: RoundPlan,
+        offers: Mapping[str, tuple[RegionReport, Sequence[Handle]]],
+        sync: _Open,
+    ) -> dict[str, Upload]:
+        """What regions have signed of their updates; who sends nonsense is left out."""
+        uploads = {}
+        for name, (report, _) in offers.items():
+            if name not in sync.members:
+                continue
+            if report.round != plan.round:
+                sync.server.faults[name] = f"{name!r} reports round {report.round}"
+                continue
+            try:
+                uploads[name] = Upload.from_wire(report.upload.encode(), name)
+            except MessageError as error:
+                sync.server.faults[name] = str(error)
+        return uploads
+
+    def _opening(self, plan: RoundPlan, server: Server) -> Masker:
+        """Have the survivors agree on who they are, and give their shares."""
+        assert self._fleet is not None, "set before anything is asked"
+        names, survivors = server.survivors.names, server.survivors
+        signed = self._fleet.relay("agree", plan.round, dict.fromkeys(names, survivors.to_wire()))
+        asked = Opening(survivors=survivors, quorum=server.agreed(signed))
+        return server.opening(self._ask("unmask", plan, dict.fromkeys(names, asked), Unmasking))
 
     def _add(
         self,
@@ -201,7 +253,12 @@ class MaskedAggregation:
         first, stop = plan.chunks or (0, len(layout))
         while True:
             names = server.uploads(uploads, stop - first).names
-            chosen = [offers[report.region] for report, _ in offers.values() if report.region in names]
+            # Its share is in the masked lane; what a report says of it beside that is nobody's business.
+            chosen = [
+                (report.model_copy(update={"share": 1.0}), handles)
+                for report, handles in offers.values()
+                if report.region in names
+            ]
             hashes = {name: tuple(found.hex() for found in uploads[name].hashes) for name in names}
             try:
                 return self._aggregation.add(

@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from xcloud.aggregators import MeanConfig
 from xcloud.cloud.placement import place_pool, release_pool
 from xcloud.config import JobConfig, PoolConfig, dump_job, parse_job
-from xcloud.errors import DataError, DivergenceError, RegionError, SecurityError
+from xcloud.errors import DataError, DivergenceError, MessageError, RegionError, SecurityError
 from xcloud.messages import (
     Applied,
     PoolReport,
@@ -47,7 +47,7 @@ from xcloud.messages import (
 )
 from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.quiet import quiet_environment
-from xcloud.secure.guard import Guard
+from xcloud.secure.guard import SCALE, Guard
 from xcloud.secure.local import open_guard
 from xcloud.secure.masks import Masker
 from xcloud.secure.messages import SyncPlan
@@ -203,10 +203,6 @@ class Region:
         self.model_digest = ""
         self.pending: Pending | None = None
         self.guard: Guard | None = None
-        if job.secure_aggregation is not None:
-            self.guard = open_guard(
-                job.secure_aggregation, name, share_of(job, name), job.ring_bits, self._check
-            )
         self._shown = False
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}
@@ -216,7 +212,15 @@ class Region:
     # -- life -----------------------------------------------------------------------------
 
     def start(self, evaluate: bool) -> RegionReady:
-        """Place the pools, start every rank's engine and, if asked, evaluate the first model."""
+        """Place the pools, start every rank's engine and, if asked, evaluate the first model.
+
+        Raises:
+            SecurityError: names the file that this region needs to mask its updates, and what is wrong with it.
+        """
+        secure = self.job.secure_aggregation
+        if secure is not None:  # not in the constructor: an actor that dies there cannot say why
+            share = share_of(self.job, self.name)
+            self.guard = open_guard(secure, self.name, share, self.job.ring_bits, self._check)
         for index, pool in enumerate(self.settings.pools):
             group = place_pool(group_name(self.tag, index), pool, self.enforce_labels)
             ranks = [self._spawn(group, index, pool, rank) for rank in range(pool.workers)]
@@ -255,7 +259,14 @@ class Region:
         Raises:
             DivergenceError: the plan is for another model than this region holds.
             NonFiniteUpdateError: names the parameter that holds NaN or Inf.
+            RegionError: it masks its updates, and has no keys for this round or was asked for another than was signed.
         """
+        try:
+            return self._run(plan)
+        except SecurityError as error:  # this region's failure, and not the run's
+            raise RegionError(self.name, str(error)) from None
+
+    def _run(self, plan: RoundPlan) -> tuple[RegionReport, list[Handle]]:
         if plan.model_digest != self.model_digest:
             raise DivergenceError(
                 f"region {self.name!r} holds model {self.model_digest[:12]}, "
@@ -280,7 +291,7 @@ class Region:
             self._round = (plan.round, time.monotonic())
         calls, at, single = [], self.cursor, len(self.pools) == 1
         share = share_of(self.job, self.name)
-        masker = self.guard.masker(plan.round) if self.guard else None
+        masker = self._spend(plan) if self.guard else None
         for pool in self.pools:
             calls.append(pool.ask("work", plan, at, share if single else None, masker if single else None))
             at += plan.inner_steps * pool.config.sequences_per_step
@@ -344,6 +355,7 @@ class Region:
         masker = self.guard.masker(plan.round)
         if masker == pending.masker:
             return
+        self._spend(plan)
         sent = Bundle(pending.report.parts, pending.report.chunk_bytes, tuple(pending.handles))
         offers: list[Offer] = gather(self.pools[0].ask("remask", plan, sent, pending.masker, masker))
         bundle = Bundle.join(offer.bundle for offer in offers)
@@ -352,6 +364,41 @@ class Region:
         pending.handles, pending.masker = list(bundle.handles), masker
 
     # -- secure aggregation ---------------------------------------------------------------
+
+    def _spend(self, plan: RoundPlan) -> Masker:
+        """Keys to mask the update of a round with. Who asks for it need not be who has signed the sync: with fewer steps than
+        the job's in one region alone, the sums of two attempts would differ by its update."""
+        assert self.guard is not None, "asked in masked runs only"
+        signed = self.guard.plan(plan.round)
+        asked = (plan.job, plan.attempt, plan.chunks or (0, 0), plan.inner_steps)
+        planned = (signed.job, signed.attempt, signed.chunks, self.job.inner.steps)
+        if asked != planned:
+            raise SecurityError(
+                f"round {plan.round}: asked for {asked} (job, attempt, chunks, steps), but {planned} is what was signed"
+            )
+        return self.guard.spend(plan.round)
+
+    def _accept(self, total: RoundSum) -> tuple[bytes, ...]:
+        """Let a sum be applied if it is the one that the regions have signed; returns the SHA-256 of its chunks."""
+        if self.guard is None:
+            return ()
+        if not total.regions:
+            if total.parts or total.chunk_bytes:
+                raise SecurityError(f"round {total.round}: a sum of no region that changes something")
+            return ()
+        result = self.guard.accept(total.round, total.proof.encode())
+        told = (total.summed, tuple(sorted(total.regions)), total.total_share, len(total.chunk_bytes))
+        signed = (True, result.names, result.weight / SCALE, len(result.hashes))
+        first = self.guard.plan(total.round).chunks[0]
+        if (
+            told != signed
+            or total.chunks.start != first
+            or sum(n for _, n in total.parts) != len(result.hashes)
+        ):
+            raise SecurityError(
+                f"round {total.round}: the sum's header is not of what the regions have signed"
+            )
+        return result.hashes
 
     def secure(self, stage: str, number: int, asked: bytes) -> bytes:
         """Answer one stage of the sync of round `number`; see `secure.guard.Guard`."""
@@ -364,7 +411,10 @@ class Region:
         assert self.guard is not None, "asked in masked runs only"
         merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
         tag = self.guard.masker(total.round).tag
-        chunks = [one for part in gather(self.pools[0].ask("check", total, merged, tag)) for one in part]
+        ranks = self.pools[0]
+        # With overlap the ranks are training, and wait on the way for this very sum.
+        asked = (ranks.tell if self.job.streaming.overlap else ranks.ask)("check", total, merged, tag)
+        chunks = [one for part in gather(asked) for one in part]
         return self.guard.confirm(total.round, result, chunks)
 
     def _check(self, plan: SyncPlan) -> None:
@@ -376,6 +426,11 @@ class Region:
                 raise SecurityError(
                     f"plan of round {plan.round}: its {key} is {told[key][:12]}, region {self.name!r} has {value[:12]}"
                 )
+        others = sorted(set(plan.cohort) - {region.name for region in self.job.regions})
+        if others:
+            raise SecurityError(
+                f"plan of round {plan.round}: its cohort names {others}, no regions of this job"
+            )
 
     def _merge_pools(self, bundles: list[Bundle], tokens: list[int]) -> Bundle:
         """The token-weighted mean of the pools' plain updates, still plain."""
@@ -398,18 +453,17 @@ class Region:
             DivergenceError: pools of this region end with different models.
         """
         began = time.perf_counter()
-        if self.guard is not None and total.regions:
-            try:
-                self.guard.accept(total.round, total.proof.encode())
-            except SecurityError as error:
-                raise RegionError(self.name, str(error)) from None
+        try:
+            hashes = self._accept(total)
+        except (SecurityError, MessageError) as error:
+            raise RegionError(self.name, str(error)) from None
         merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
         evaluate = evaluate and self.job.evaluation.sequences > 0
         idle = total.lands_in is None
         asked = [
-            pool.ask("apply", total, merged, evaluate and index == 0)
+            pool.ask("apply", total, merged, evaluate and index == 0, hashes)
             if idle
-            else pool.tell("deliver", total, merged, evaluate and index == 0)
+            else pool.tell("deliver", total, merged, evaluate and index == 0, hashes)
             for index, pool in enumerate(self.pools)
         ]
         gather([reference for references in asked for reference in references])

@@ -438,6 +438,72 @@ def test_a_weight_that_cannot_be_is_not_confirmed() -> None:
         Cohort(4, tamper=at("result", alter)).run()
 
 
+# -- the same question twice ------------------------------------------------------------------------
+
+
+def test_shares_are_sealed_once() -> None:
+    """A second answer would seal other shares under the same key and nonce."""
+    cohort = Cohort(4)
+    _, syncs = fresh(cohort)
+    adverts = [sync.advert() for sync in syncs.values()]
+    syncs["r00"].share(adverts)
+    for again in (adverts, adverts[:3]):
+        with pytest.raises(SecurityError, match="'r00' was asked for 'share' a second time"):
+            syncs["r00"].share(again)
+
+
+def test_shares_are_received_once() -> None:
+    """Else others could join after the keys of the masks were made."""
+    cohort = Cohort(4)
+    server, syncs = fresh(cohort)
+    adverts = [sync.advert() for sync in syncs.values()]
+    server.adverts({advert.name: advert for advert in adverts})
+    shares = server.shares({name: sync.share(adverts) for name, sync in syncs.items()})
+    inbox = server.for_one("r00", shares)
+    syncs["r00"].receive(inbox[:3])
+    with pytest.raises(SecurityError, match="'r00' was asked for 'receive' a second time"):
+        syncs["r00"].receive(inbox[3:])
+
+
+def test_a_second_sum_is_not_confirmed() -> None:
+    """With enough signatures on two sums, each could be applied somewhere (arXiv 2111.07380)."""
+    cohort = Cohort(4)
+    totals, result = cohort.run()
+    hashes = [hashlib.sha256(total).digest() for total in totals]
+    signature = cohort.syncs["r00"].confirm(result, hashes)
+    assert signature == cohort.syncs["r00"].confirm(result, hashes)
+    totals[0][-1] ^= 1
+    other = [hashlib.sha256(total).digest() for total in totals]
+    with pytest.raises(SecurityError, match="'r00' has signed another sum of this sync before"):
+        cohort.syncs["r00"].confirm(result.model_copy(update={"hashes": tuple(other)}), other)
+
+
+def test_a_sum_is_applied_once() -> None:
+    cohort = Cohort(4)
+    _, result = cohort.run()
+    again = Quorum(
+        signatures={
+            name: cohort.keys[name].sign("xcloud/confirm/v1", *sync._context(), result.packed())
+            for name, sync in cohort.syncs.items()
+        }
+    )
+    with pytest.raises(SecurityError, match="asked for 'accept' a second time"):
+        cohort.syncs["r00"].accept(result, again)
+
+
+def test_a_key_of_low_order_costs_the_region_that_has_sent_it_and_nobody_else() -> None:
+    def weaken(sent: dict[str, Any], cohort: Cohort) -> None:
+        weak = sent["r01"].model_copy(update={"channel": bytes(32)})
+        plan_hash = cohort.syncs["r01"].hash
+        signature = cohort.keys["r01"].sign("xcloud/advert/v1", plan_hash, *weak.fields())
+        sent["r01"] = weak.model_copy(update={"signature": signature})
+
+    cohort = Cohort(5, 1, tamper=at("advert", weaken))
+    totals, result = cohort.run()
+    assert result.names == ("r00", "r02", "r03", "r04")
+    assert all(np.array_equal(a, b) for a, b in zip(totals, cohort.exact(result.names), strict=True))
+
+
 # -- bytes that are no message ----------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,33 @@ def test_a_round_is_remembered(path: Path) -> None:
     with Journal(path, "us") as journal:
         assert [journal.last_start(job) for job in ("job", "other", "third")] == [2, 5, 0]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_two_threads_cannot_both_be_the_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A region answers in several threads; signatures on two sets of survivors would open both secrets of a region."""
+    flush, signed, refused = os.fsync, [], []
+
+    def slow(file: int) -> None:
+        time.sleep(0.05)
+        flush(file)
+
+    with Journal(path, "us") as journal:
+        monkeypatch.setattr(os, "fsync", slow)
+
+        def agree(survivors: bytes) -> None:
+            try:
+                journal.agree(h("plan 1"), survivors)
+                signed.append(survivors)
+            except ReplayError:
+                refused.append(survivors)
+
+        threads = [threading.Thread(target=agree, args=(names,)) for names in (b"a, b", b"a, c", b"b, c")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (len(signed), len(refused)) == (1, 2)
+    Journal(path, "us").close()  # and no line contradicts another
 
 
 FORBIDDEN: list[tuple[Step, str]] = [

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from xcloud.errors import SecurityError
 from xcloud.secure.masks import Masker
 from xcloud.secure.member import Member, Sync
-from xcloud.secure.messages import Adverts, Delivered, Opening, Proof, Result, SignedPlan, Survivors
+from xcloud.secure.messages import (
+    Adverts,
+    Delivered,
+    Opening,
+    Proof,
+    Result,
+    SignedPlan,
+    Survivors,
+    SyncPlan,
+)
 from xcloud.secure.tags import Sealed, add_tags
 
 __all__ = ["SCALE", "Guard"]
@@ -32,6 +42,10 @@ class Guard:
         self._name = member.identity.name
         self._syncs: dict[int, Sync] = {}
         self._maskers: dict[int, Masker] = {}
+        self._unused: set[int] = set()
+        self._lock = (
+            threading.RLock()
+        )  # a region is asked in several threads, and no check may race with another
 
     def answer(self, stage: str, number: int, asked: bytes) -> bytes:
         """One stage of the sync of round `number`.
@@ -39,7 +53,30 @@ class Guard:
         Raises:
             MessageError, SecurityError: see `secure.member`.
         """
-        return self._stages[stage](self, number, asked)
+        with self._lock:
+            return self._stages[stage](self, number, asked)
+
+    def plan(self, number: int) -> SyncPlan:
+        """What the driver has signed for the sync of a round.
+
+        Raises:
+            SecurityError: there is none.
+        """
+        return self._sync(number).plan
+
+    def spend(self, number: int) -> Masker:
+        """The keys to mask a round's update with, given out once for each sync: two updates under the same masks would
+        give away their difference, and are sent before anybody signs them.
+
+        Raises:
+            SecurityError: there are none, or something was masked with them before.
+        """
+        with self._lock:
+            masker = self.masker(number)
+            if number not in self._unused:
+                raise SecurityError(f"round {number}: its keys have masked an update already")
+            self._unused.remove(number)
+            return masker
 
     def masker(self, number: int) -> Masker:
         """Of the sync that a round's update goes into.
@@ -54,19 +91,22 @@ class Guard:
     def upload(self, number: int, chunks: Sequence[Sealed]) -> bytes:
         """Header of what was masked: all chunks, in order."""
         hashes = [chunk.hash for chunk in chunks]
-        return (
-            self._sync(number).upload(hashes, self.masker(number), self._weight, add_tags(chunks)).to_wire()
-        )
+        with self._lock:
+            sync, masker = self._sync(number), self.masker(number)
+            return sync.upload(hashes, masker, self._weight, add_tags(chunks)).to_wire()
 
     def confirm(self, number: int, result: bytes, chunks: Sequence[Sealed]) -> bytes:
         """Signature on the sum of these chunks."""
         said, hashes = Result.from_wire(result, "aggregator"), [chunk.hash for chunk in chunks]
-        return self._sync(number).confirm(said, hashes, add_tags(chunks))
+        with self._lock:
+            return self._sync(number).confirm(said, hashes, add_tags(chunks))
 
-    def accept(self, number: int, proof: bytes) -> None:
-        """Let the sum of a round be applied."""
+    def accept(self, number: int, proof: bytes) -> Result:
+        """Let the sum of a round be applied, once; returns what it is, for nothing else was signed."""
         found = Proof.from_wire(proof, "aggregator")
-        self._sync(number).accept(found.result, found.quorum)
+        with self._lock:
+            self._sync(number).accept(found.result, found.quorum)
+        return found.result
 
     def _sync(self, number: int) -> Sync:
         if number not in self._syncs:
@@ -78,17 +118,22 @@ class Guard:
         if sync.plan.round != number:
             raise SecurityError(f"a plan of round {sync.plan.round} came for round {number}")
         self._syncs[number] = sync
-        self._maskers.pop(number, None)
+        self._forget_keys(number)
         for old in sorted(self._syncs)[:-KEPT]:
             del self._syncs[old]
-            self._maskers.pop(old, None)
+            self._forget_keys(old)
         return sync.advert().to_wire()
+
+    def _forget_keys(self, number: int) -> None:
+        self._maskers.pop(number, None)
+        self._unused.discard(number)
 
     def _share(self, number: int, asked: bytes) -> bytes:
         return self._sync(number).share(Adverts.from_wire(asked, "aggregator").adverts).to_wire()
 
     def _receive(self, number: int, asked: bytes) -> bytes:
         self._maskers[number] = self._sync(number).receive(Delivered.from_wire(asked, "aggregator").shares)
+        self._unused.add(number)
         return b""
 
     def _agree(self, number: int, asked: bytes) -> bytes:

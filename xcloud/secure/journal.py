@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import stat
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,6 +110,7 @@ class Journal:
         self._opened: dict[tuple[str, int], tuple[str, ...]] = {}  # by job and round
         self._sum = b""
         self._torn = False
+        self._lock = threading.Lock()  # what is new must be written before anybody else asks
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as problem:
@@ -171,9 +173,10 @@ class Journal:
             entry = kind.model_validate(fields)
         except ValidationError as problem:
             raise JournalError(f"{self.path}: {explain(problem)}") from None
-        if self._is_new(entry):
-            self._write(entry)
-            self._remember(entry)
+        with self._lock:
+            if self._is_new(entry):
+                self._write(entry)
+                self._remember(entry)
 
     def _is_new(self, entry: _Promise) -> bool:
         """Whether a promise was not made yet. Raises ReplayError where it contradicts one that was."""

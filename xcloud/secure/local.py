@@ -74,6 +74,9 @@ def open_guard(
             raise KeyFileError(
                 f"{folder / ROSTER}: its hash is {roster.hash.hex()[:12]}, the plan is for roster {plan.roster[:12]}"
             )
+        roster.member(DRIVER, "driver")
+        for region in plan.cohort:  # the driver's own key, or an aggregator's, would be one more colluder
+            roster.member(region, "region")
         _check(config, plan)
         check(plan)
         if policy is not None:
@@ -90,6 +93,10 @@ def _check(config: SecureConfig, plan: SyncPlan) -> None:
         raise PolicyError(
             f"plan of round {plan.round}: threshold {plan.threshold} of {len(plan.cohort)} regions, expected at least "
             f"{needed} with {config.colluders} that may collude"
+        )
+    if config.verify and not plan.tagged:
+        raise PolicyError(
+            f"plan of round {plan.round}: it leaves out the tags that the job promises (verify)"
         )
     if plan.minimum < config.survivors or len(plan.cohort) < config.survivors:
         raise PolicyError(

@@ -178,6 +178,8 @@ class Sync:
         self.first = self.second = b""
         self._uploaded = b""
         self._agreed: Survivors | None = None
+        self._confirmed: Result | None = None
+        self._done: set[str] = set()
 
     # -- keys -----------------------------------------------------------------------------
 
@@ -216,14 +218,16 @@ class Sync:
         keys = [key for advert in adverts for key in (advert.channel, advert.mask)]
         if len(set(keys)) != len(keys):
             raise SecurityError("two adverts hold the same key")
-        self._adverts = {advert.name: advert for advert in adverts}
-        mine = self._adverts.get(self.name)
+        heard = {advert.name: advert for advert in adverts}
+        mine = heard.get(self.name)
         if (
             mine is None
             or mine.channel != public_of(self._channel_key)
             or mine.mask != public_of(self._mask_key)
         ):
             raise SecurityError(f"the adverts do not hold that of {self.name!r} as it was sent")
+        self._once("share")  # a second answer would seal other shares under the same keys and nonces
+        self._adverts = heard
         self.first = first_hash(self.hash, adverts)
         count = len(self.plan.cohort)
         own, pair = (split(s, self.plan.threshold, count) for s in (self._self_seed, self._mask_seed))
@@ -247,6 +251,7 @@ class Sync:
         Raises:
             SecurityError: too few, from one without an advert, or one that does not open.
         """
+        self._once("receive")
         tags = {self.name: self._tag_seed}
         for message in delivered:
             peer = message.name
@@ -354,7 +359,8 @@ class Sync:
             tags: of all these chunks together.
 
         Raises:
-            SecurityError: they are others, it is of other survivors than agreed on, or its weight cannot be.
+            SecurityError: they are others, it is of other survivors than agreed on, its weight cannot be, or it has signed
+                another before: with signatures on two, some regions could be given the one and some the other.
         """
         if self._agreed is None or result.names != self._agreed.names:
             raise SecurityError("the sum is of other regions than were agreed on")
@@ -367,17 +373,26 @@ class Sync:
                 f"the sum's weight is {result.weight}, expected 1 to {self.plan.most_weight} for each of "
                 f"{len(result.names)} regions"
             )
+        if self._confirmed not in (None, result):
+            raise SecurityError(f"{self.name!r} has signed another sum of this sync before")
+        self._confirmed = result
         return self._me.identity.sign(CONFIRM, *self._context(), result.packed())
 
     def accept(self, result: Result, quorum: Quorum) -> None:
-        """Let the sum be applied.
+        """Let the sum be applied, once.
 
         Raises:
-            SecurityError: too few regions have signed the same sum.
+            SecurityError: too few regions have signed the same sum, or it was let through before.
         """
         self._count(quorum, result.names, CONFIRM, *self._context(), result.packed())
+        self._once("accept")
 
     # -- parts ----------------------------------------------------------------------------
+
+    def _once(self, stage: str) -> None:
+        if stage in self._done:
+            raise SecurityError(f"{self.name!r} was asked for {stage!r} a second time in one sync")
+        self._done.add(stage)
 
     def _count(self, quorum: Quorum, allowed: Sequence[str], label: str, *fields: bytes) -> None:
         """Refuse fewer than `threshold` good signatures of `allowed` regions, or a bad one."""

@@ -37,7 +37,7 @@ from xcloud.secure.messages import (
     Unmasking,
     Upload,
 )
-from xcloud.secure.primitives import digest, exchange_key, public_of
+from xcloud.secure.primitives import digest, exchange, exchange_key, public_of
 from xcloud.secure.shamir import Opener
 
 __all__ = ["Server"]
@@ -60,6 +60,7 @@ class Server:
         self.needed = max(self.plan.threshold, self.plan.minimum)
         self.faults: dict[str, str] = {}
         self._roster = roster
+        self._probe = exchange_key(self.hash)
         self._adverts: dict[str, Advert] = {}
         self._second: list[str] = []
         self._context: tuple[bytes, bytes, bytes] = (self.hash, b"", b"")
@@ -78,6 +79,8 @@ class Server:
             self._roster.verify(name, advert.signature, ADVERT, self.hash, *advert.fields())
             if advert.channel == advert.mask or {advert.channel, advert.mask} & seen:
                 raise SecurityError(f"{name!r} uses a key that was used before")
+            for key in (advert.channel, advert.mask):
+                exchange(self._probe, key, name)  # one of low order would make all others refuse, and not it
             seen.update((advert.channel, advert.mask))
 
         self._adverts = self._good(received, check, "adverts")

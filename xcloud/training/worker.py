@@ -20,6 +20,7 @@ holding only the chunks it owns. The worker is plain Python: `region` wraps it i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import threading
@@ -39,7 +40,7 @@ import xxhash
 
 from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
-from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError
+from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError, RegionError
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile, PrivacyTerms, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
@@ -286,27 +287,46 @@ class RankWorker:
         mine = [chunk for chunk in self.chunks.ids if chunk in total.chunks]
         return [self.path.check(total.round, chunk, reader.read(chunk), tag) for chunk in mine]
 
-    def apply(self, total: RoundSum, merged: Bundle, evaluate: bool = False) -> Landed:
+    def apply(
+        self, total: RoundSum, merged: Bundle, evaluate: bool = False, hashes: Sequence[bytes] = ()
+    ) -> Landed:
         """Take up a merged update now, between two rounds.
 
         Args:
             total: header of the merged update; one of no region changes nothing.
             merged: its chunks; those of other ranks are not fetched.
             evaluate: the new model, too.
-        """
-        reader = PartReader(self.blobs.get, merged)
-        return self._land(total, lambda chunk: self.path.decode(chunk, reader.read(chunk), total), evaluate)
+            hashes: SHA-256 that each chunk of the merged update must have, where the regions have signed it.
 
-    def deliver(self, total: RoundSum, merged: Bundle, evaluate: bool = False) -> Landed:
+        Raises:
+            RegionError: a chunk is not what was signed.
+        """
+        return self._land(total, self._opened(total, merged, hashes), evaluate)
+
+    def _opened(self, total: RoundSum, merged: Bundle, hashes: Sequence[bytes]) -> Gradient:
+        reader = PartReader(self.blobs.get, merged)
+
+        def opened(chunk: int) -> Array:
+            data = reader.read(chunk)
+            if hashes and hashlib.sha256(data).digest() != hashes[chunk - total.chunks.start]:
+                raise RegionError(
+                    self.spec.region, f"chunk {chunk} of the sum is not what the regions have signed"
+                )
+            return self.path.decode(chunk, data, total)
+
+        return opened
+
+    def deliver(
+        self, total: RoundSum, merged: Bundle, evaluate: bool = False, hashes: Sequence[bytes] = ()
+    ) -> Landed:
         """Hand a merged update to the round that is under way, from another thread; see `apply`.
 
         Everything that waits for the network happens here. Returns when the round has taken it up.
         """
         landing = self._landing(total.round)
         try:
-            reader = PartReader(self.blobs.get, merged)
-            mine = [chunk for chunk in self.chunks.ids if chunk in total.chunks]
-            ready = {chunk: self.path.decode(chunk, reader.read(chunk), total) for chunk in mine}
+            opened = self._opened(total, merged, hashes)
+            ready = {chunk: opened(chunk) for chunk in self.chunks.ids if chunk in total.chunks}
         except BaseException as error:
             landing.arrived.set_exception(error)  # the round waits for it
             raise
@@ -372,7 +392,7 @@ class RankWorker:
             self.chunks.spread(control, partial(self.parameters.write, key=COMMON))
         if self.spec.region in total.regions:
             self.path.settle()
-        elif not total.regions:
+        elif total.summed or not total.regions:  # what adds up counts in its own round or never
             self.path.forget()
         began = time.perf_counter()
         loss, tokens = self._evaluate_anchor() if evaluate else (0.0, 0)
