@@ -21,6 +21,7 @@ from tests.training.private_ranks import (
     STAGES,
     exact_sum,
     private_job,
+    sharded,
     start,
     stepped,
     weights,
@@ -95,13 +96,7 @@ def test_weights_that_zero_3_takes_away_between_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default small ones stay whole, so that the other tests never gather one in the measuring pass."""
-    initialize = deepspeed.initialize
-
-    def sharded(**arguments: Any) -> Any:
-        arguments["config"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return initialize(**arguments)
-
-    monkeypatch.setattr(deepspeed, "initialize", sharded)
+    monkeypatch.setattr(deepspeed, "initialize", sharded(deepspeed.initialize))
     job = private_job(tmp_path, 3, 1, 1e-9)
     worker = start_worker(job)
     assert all(p.numel() == 0 for p in worker.engine.module.parameters())
