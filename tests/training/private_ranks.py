@@ -8,9 +8,11 @@ The folder holds the jobs, as `write_jobs` left them. One pair of processes serv
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 
@@ -87,8 +89,19 @@ def write_jobs(folder: Path, world: int) -> None:
             (folder / f"{name}-{stage}.yaml").write_text(dump_job(job), encoding="utf-8")
 
 
+def sharded(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    """`deepspeed.initialize` under which ZeRO 3 takes small weights away too; by default they stay whole."""
+
+    def wrapped(**arguments: Any) -> Any:
+        arguments["config"]["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return initialize(**arguments)
+
+    return wrapped
+
+
 def main(folder: Path, port: int, rank: int) -> None:
     apply_quiet()
+    deepspeed.initialize = sharded(deepspeed.initialize)
     found: dict[str, Any] = {}
     for stage in STAGES:
         quiet, loud = (

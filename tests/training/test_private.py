@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.training.private_ranks import (
     STAGES,
     exact_sum,
     private_job,
+    sharded,
     start,
     stepped,
     weights,
@@ -88,6 +90,18 @@ def test_the_clipped_sum_of_two_ranks(ranks: Any, stage: int) -> None:
         exact = exact_sum(worker, job, picked + picked[::-1][:1])
         assert float((one[f"{stage}/sum/{number}"] - exact).abs().max()) < 1e-6
         assert torch.equal(one[f"{stage}/sum/{number}"], other[f"{stage}/sum/{number}"])
+
+
+def test_weights_that_zero_3_takes_away_between_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default small ones stay whole, so that the other tests never gather one in the measuring pass."""
+    monkeypatch.setattr(deepspeed, "initialize", sharded(deepspeed.initialize))
+    job = private_job(tmp_path, 3, 1, 1e-9)
+    worker = start_worker(job)
+    assert all(p.numel() == 0 for p in worker.engine.module.parameters())
+    for picked in PICKED:
+        assert float((stepped(worker, picked) - exact_sum(worker, job, picked)).abs().max()) < 1e-6
 
 
 def check_noise(first: torch.Tensor, second: torch.Tensor) -> None:

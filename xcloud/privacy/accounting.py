@@ -16,9 +16,11 @@ epsilon should wait for it.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -221,7 +223,9 @@ def _epsilon(joined: tuple[Mechanism, ...], delta: float) -> float:
     if above > HOPELESS:
         return above
     found = _pld(joined, delta)
-    if not 0 <= found <= 1.01 * above + 0.01:  # a single step can be far below, but never above
+    if (
+        not 0 <= found <= 1.25 * above + 0.1
+    ):  # far below is common, for few steps; above is rounding or a mistake
         raise PrivacyAccountingError(
             f"the accountants disagree: epsilon {found:g} by privacy loss distributions and {above:g} by Renyi DP "
             f"at delta {delta:g} for {joined}; nothing is reported"
@@ -238,16 +242,34 @@ def _rdp(joined: tuple[Mechanism, ...], delta: float) -> float:
 
 
 def _accountant(kind: Literal["pld", "rdp"], joined: tuple[Mechanism, ...]) -> Any:
-    import dp_accounting  # noqa: PLC0415 - see the module's docstring
-    from dp_accounting import pld, rdp  # noqa: PLC0415
+    from dp_accounting import pld, rdp  # noqa: PLC0415 - see the module's docstring
 
     accountant = pld.PLDAccountant() if kind == "pld" else rdp.RdpAccountant()
-    for one in joined:
-        event: Any = dp_accounting.GaussianDpEvent(one.noise_multiplier)
-        times = one.steps
-        if one.sampler == "shuffled":  # a unit is in one step of each pass that was begun
-            times = math.ceil(one.steps * one.sampling_probability - 1e-9)
-        elif one.sampling_probability < 1:
-            event = dp_accounting.PoissonSampledDpEvent(one.sampling_probability, event)
-        accountant.compose(event, times)
+    with _quiet():
+        for one in joined:
+            _compose(accountant, one)
     return accountant
+
+
+def _compose(accountant: Any, one: Mechanism) -> None:
+    import dp_accounting  # noqa: PLC0415 - see the module's docstring
+
+    event: Any = dp_accounting.GaussianDpEvent(one.noise_multiplier)
+    times = one.steps
+    if one.sampler == "shuffled":  # a unit is in one step of each pass that was begun
+        times = math.ceil(one.steps * one.sampling_probability - 1e-9)
+    elif one.sampling_probability < 1:
+        event = dp_accounting.PoissonSampledDpEvent(one.sampling_probability, event)
+    accountant.compose(event, times)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Renyi orders whose series does not converge are left out, which is right and no news to anybody."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
