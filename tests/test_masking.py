@@ -67,7 +67,10 @@ class World:
         make_keys(folder / "keys", self.names)
         self.config, self.layout, self.store = secure, tuple(layout), Store()
         self.guards = {
-            name: open_guard(secure, name, 1.0, self.job.ring_bits, lambda plan: None) for name in self.names
+            name: open_guard(
+                secure, name, dict.fromkeys(self.names, 1.0), self.job.ring_bits, lambda plan: None
+            )
+            for name in self.names
         }
         self.adding, self.capacity = Adding(self.job, self.store), 45_000  # bytes of a part: a few chunks
         identity, roster = open_driver(secure)
@@ -318,7 +321,9 @@ def test_a_region_of_its_own_policy_stays_out(tmp_path: Path) -> None:
         "version: 1\njobs: any\nmodels: any\nminimum_cohort: 5\n"
     )
     world.guards["r3"]._member.memory.close()  # type: ignore[attr-defined]
-    world.guards["r3"] = open_guard(world.config, "r3", 1.0, world.job.ring_bits, lambda plan: None)
+    world.guards["r3"] = open_guard(
+        world.config, "r3", dict.fromkeys(world.names, 1.0), world.job.ring_bits, lambda plan: None
+    )
     updates = {name: update for name, update in updates_of(world).items() if name != "r3"}
     total, handles = world.play(updates)
     assert encodings(world.store, total, handles) == world.exact(updates)
@@ -332,7 +337,9 @@ def test_a_region_remembers_over_a_restart(world: World) -> None:
     world.play(updates)
     guard = world.guards["r0"]
     guard._member.memory.close()  # type: ignore[attr-defined]
-    world.guards["r0"] = open_guard(world.config, "r0", 1.0, world.job.ring_bits, lambda plan: None)
+    world.guards["r0"] = open_guard(
+        world.config, "r0", dict.fromkeys(world.names, 1.0), world.job.ring_bits, lambda plan: None
+    )
     with pytest.raises(SecurityError, match="a plan is not replayed"):
         world.guards["r0"].answer("open", 1, world.merging._signed(world.plan(), world.names).to_wire())
 
@@ -342,6 +349,13 @@ def test_a_sum_that_was_not_confirmed_is_not_applied(world: World) -> None:
     proof = total.proof.replace('"weight":', '"weight":1')
     with pytest.raises(SecurityError, match="the signature on xcloud/confirm/v1"):
         world.guards["r0"].accept(1, proof.encode())
+
+
+def test_a_region_that_lies_about_its_weight_ends_the_sync(world: World) -> None:
+    """A total of almost nothing would make the mean, which is divided by it, as large as one likes."""
+    world.guards["r2"]._weights["r2"] = 1
+    with pytest.raises(RegionError, match=r"good signatures on xcloud/confirm/v1, expected at least 3"):
+        world.play(updates_of(world))
 
 
 def test_two_syncs_may_be_open_at_once(world: World) -> None:

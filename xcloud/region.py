@@ -219,8 +219,8 @@ class Region:
         """
         secure = self.job.secure_aggregation
         if secure is not None:  # not in the constructor: an actor that dies there cannot say why
-            share = share_of(self.job, self.name)
-            self.guard = open_guard(secure, self.name, share, self.job.ring_bits, self._check)
+            shares = {region.name: share_of(self.job, region.name) for region in self.job.regions}
+            self.guard = open_guard(secure, self.name, shares, self.job.ring_bits, self._check)
         for index, pool in enumerate(self.settings.pools):
             group = place_pool(group_name(self.tag, index), pool, self.enforce_labels)
             ranks = [self._spawn(group, index, pool, rank) for rank in range(pool.workers)]

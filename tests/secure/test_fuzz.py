@@ -127,7 +127,7 @@ STAGES = st.sampled_from(["open", "share", "receive", "agree", "unmask"])
 @given(stages=st.lists(st.tuples(STAGES, st.binary(max_size=60)), max_size=4))
 def test_a_region_that_is_asked_nonsense_in_any_order_refuses(stages: list[tuple[str, bytes]]) -> None:
     cohort = COHORT
-    guard = Guard(cohort.members["r00"], 1.0)
+    guard = Guard(cohort.members["r00"], {"r00": 1.0})
     for stage, data in stages:
         with pytest.raises((MessageError, SecurityError)):
             guard.answer(stage, 1, data)

@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> SecureConfig:
 def guard(config: SecureConfig, policy: str | None = None) -> Guard:
     if policy is not None:
         (Path(str(config.keys)) / "us.policy.yaml").write_text(policy)
-    return open_guard(config, "us", 1.0, 16, held)
+    return open_guard(config, "us", {"us": 1.0}, 16, held)
 
 
 def plan(config: SecureConfig, **changes: Any) -> bytes:

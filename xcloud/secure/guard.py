@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
-from xcloud.errors import SecurityError
+from xcloud.errors import SecurityError, TamperError
 from xcloud.secure.masks import Masker
 from xcloud.secure.member import Member, Sync
 from xcloud.secure.messages import (
@@ -34,11 +34,12 @@ class Guard:
 
     Args:
         member: of the protocol.
-        share: of the weight; goes into the masked lane.
+        shares: of the weight, of every region: public, since the job decides them. The region's own goes into the masked lane.
     """
 
-    def __init__(self, member: Member, share: float) -> None:
-        self._member, self._weight = member, round(share * SCALE)
+    def __init__(self, member: Member, shares: Mapping[str, float]) -> None:
+        self._member = member
+        self._weights = {region: round(share * SCALE) for region, share in shares.items()}
         self._name = member.identity.name
         self._syncs: dict[int, Sync] = {}
         self._maskers: dict[int, Masker] = {}
@@ -93,11 +94,20 @@ class Guard:
         hashes = [chunk.hash for chunk in chunks]
         with self._lock:
             sync, masker = self._sync(number), self.masker(number)
-            return sync.upload(hashes, masker, self._weight, add_tags(chunks)).to_wire()
+            return sync.upload(hashes, masker, self._weights[self._name], add_tags(chunks)).to_wire()
 
     def confirm(self, number: int, result: bytes, chunks: Sequence[Sealed]) -> bytes:
-        """Signature on the sum of these chunks."""
+        """Signature on the sum of these chunks.
+
+        Raises:
+            TamperError: its weight is not that of the regions in it, whose update it would make larger or smaller.
+        """
         said, hashes = Result.from_wire(result, "aggregator"), [chunk.hash for chunk in chunks]
+        whole = sum(self._weights.get(region, 0) for region in said.names)
+        if said.weight != whole:
+            raise TamperError(
+                f"round {number}: the sum's weight is {said.weight / SCALE:g}, expected {whole / SCALE:g}"
+            )
         with self._lock:
             return self._sync(number).confirm(said, hashes, add_tags(chunks))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from xcloud.errors import KeyFileError, PolicyError
@@ -49,7 +49,11 @@ def open_driver(config: SecureConfig) -> tuple[Identity, Roster]:
 
 
 def open_guard(
-    config: SecureConfig, name: str, share: float, ring_bits: int, check: Callable[[SyncPlan], None]
+    config: SecureConfig,
+    name: str,
+    shares: Mapping[str, float],
+    ring_bits: int,
+    check: Callable[[SyncPlan], None],
 ) -> Guard:
     """A region's door; what it must not forget is in `NAME.journal`, and `NAME.policy.yaml`, if it is there, says what it allows
     whatever the job says.
@@ -57,7 +61,7 @@ def open_guard(
     Args:
         config: of the job.
         name: of the region.
-        share: of the weight.
+        shares: of the weight, of every region of the job.
         ring_bits: of the integers that are added.
         check: raises for a plan that is not for what the region holds.
 
@@ -83,7 +87,7 @@ def open_guard(
             # After the first round `check` has compared the model with the one that the region holds.
             policy.check(_facts(plan, ring_bits), own_model=plan.model if plan.round > 1 else None)
 
-    return Guard(Member(identity, roster, Journal(folder / f"{name}.journal", name, WAIT_S), allowed), share)
+    return Guard(Member(identity, roster, Journal(folder / f"{name}.journal", name, WAIT_S), allowed), shares)
 
 
 def _check(config: SecureConfig, plan: SyncPlan) -> None:
