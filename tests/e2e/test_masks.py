@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import Killer, play
 from tests.factory import raw_job, region
 from xcloud.metrics import read_events, read_rounds
@@ -46,3 +48,20 @@ def test_a_masked_job_ends_with_the_model_of_the_job_in_the_clear(
     for one, other in zip(open_rows, masked_rows, strict=True):
         for name in one.regions:
             assert one.regions[name].bytes_up == other.regions[name].bytes_up
+
+
+@pytest.mark.slow
+def test_masks_under_fragments_and_overlap(tmp_path: Path) -> None:
+    """Two syncs are open at once, and a sum is confirmed while its regions train the next round."""
+    regions = [region(tmp_path, name, i, {"zero_stage": 0, "micro_batch": 2}) for i, name in enumerate("abc")]
+    raw = raw_job(
+        tmp_path,
+        regions,
+        codec={"type": "fixed", "bits": 8},
+        streaming={"fragments": 2, "overlap": 1},
+        checkpoint={"every": 0},
+        rounds=4,
+    )
+    clear = play(raw, tmp_path / "clear")
+    masked = play(raw | {"secure_aggregation": {}}, tmp_path / "masked")
+    assert masked == clear
