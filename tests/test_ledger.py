@@ -164,7 +164,7 @@ def test_a_region_whose_update_was_left_out_reads_its_data_again(
     """As the region does, unless it goes on from its own model."""
     names = ("a", "b", "c")
     raw = raw_job(tmp_path, [region(tmp_path, name, 1) for name in names], streaming=streaming)
-    ledger = Ledger(job_of(raw), CheckpointStore(tmp_path / "c"))
+    ledger = Ledger(job_of(raw), CheckpointStore(tmp_path / "c"), tmp_path)
     ledger.begin({name: ready(name) for name in names})
     plan = RoundPlan(job="tiny", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=1)
     total = RoundSum(

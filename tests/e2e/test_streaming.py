@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -159,6 +160,7 @@ def job(folder: Path, **changes: Any) -> dict[str, Any]:
     return raw_job(folder, regions, **changes)
 
 
+@pytest.mark.slow
 def test_overlap_through_actors_resumes_bit_for_bit(tmp_path: Path) -> None:
     """With a codec that adds: 2 + 2 rounds equal 4, whole commit, local models and residuals included."""
     raw = job(
