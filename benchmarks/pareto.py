@@ -151,13 +151,8 @@ RECIPES = [
     ),
     recipe("diloco, bf16", 32, "codec: bf16\ndownlink: bf16"),
     recipe("diloco, 2-bit sum", 80, f"codec: {TWO_BITS}"),
-    recipe("diloco, lowrank sum", 32, "codec: lowrank"),
-    recipe("diloco, random_k 4-bit sum", 32, "codec: {type: random_k, bits: 4}"),
-    Recipe(
-        "gradient aggregation, 8-bit",
-        "inner: {steps: 1, optimizer: {type: sgd, lr: 1.0}, schedule: constant}\nouter: {type: adam, lr: 3e-3}\n"
-        "codec: {type: block, bits: 8}\ndownlink: {type: block, bits: 8}",
-    ),
+    recipe("fedavg, lowrank sum", 32, "outer: {type: sgd, lr: 1.0}\ncodec: lowrank"),
+    recipe("fedavg, random_k 4-bit sum", 32, "outer: {type: sgd, lr: 1.0}\ncodec: {type: random_k, bits: 4}"),
 ]
 QUICK = ("diloco", "diloco, 4-bit sum", "sparseloco")
 SUMMARY = ("recipe", "loss_gap", "bytes_ratio", "linear")
