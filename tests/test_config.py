@@ -701,6 +701,7 @@ def three(**changes: Any) -> dict[str, Any]:
             {"failure": {"quorum": 2}},
             "failure.quorum is 2, but secure_aggregation opens no sum of fewer than 3",
         ),
+        ({"secure_aggregation": {"minimum": 3, "colluders": 2}}, "minimum is 3, and colluders 2: "),
         ({"secure_aggregation": {"minimum": 4}}, "needs 4 regions in a sum, but 'regions' lists only 3"),
         ({"secure_aggregation": {"colluders": 2}}, "needs 4 regions in a sum, but 'regions' lists only 3"),
         (

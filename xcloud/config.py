@@ -32,6 +32,7 @@ from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
 from xcloud.policies import BufferConfig, FailureConfig, GuardConfig, StreamingConfig
 from xcloud.privacy import DPConfig
 from xcloud.registry import PartConfig, Registry, nearest
+from xcloud.secure.member import minimum_survivors
 from xcloud.secure.primitives import digest
 from xcloud.secure.settings import SecureConfig
 from xcloud.strict_yaml import StrictDumper, StrictLoader
@@ -339,6 +340,12 @@ class JobConfig(_Section):
             raise ValueError(
                 "secure_aggregation.minimum is 2, with which each region learns the other's update from the sum; "
                 "expected at least 3, or allow_two: true if that is meant"
+            )
+        least = minimum_survivors(secure.colluders, secure.allow_two)
+        if secure.survivors < least:
+            raise ValueError(
+                f"secure_aggregation.minimum is {secure.minimum}, and colluders {secure.colluders}: what {secure.colluders} of "
+                f"{secure.minimum} know can leave one region's update; expected at least {least}"
             )
         if secure.survivors > len(self.regions):
             raise ValueError(

@@ -324,10 +324,9 @@ class Folder:
         self, sent: Sequence[_Update], readers: Sequence[PartReader], chunk: int, length: int, frame: Frame
     ) -> Bytes:
         """The encodings of one chunk, added without opening them."""
-        total: Bytes | None = None
+        total, ring = None, ring_of(self.codec, length, frame)
         for update, reader in zip(sent, readers, strict=True):
             data = self._fetched(update, reader, chunk)
-            ring = ring_of(self.codec, length, frame)
             if ring is not None and data.nbytes != ring.size:
                 raise RegionError(
                     update.name,

@@ -18,7 +18,7 @@ from xcloud.config import JobConfig
 from xcloud.errors import MessageError, RegionError, SecurityError
 from xcloud.manifest import ChunkLayout
 from xcloud.messages import RegionReport, RoundPlan, RoundSum
-from xcloud.secure.guard import SCALE
+from xcloud.secure.guard import KEPT, SCALE
 from xcloud.secure.masks import Masker
 from xcloud.secure.member import Signer, Verifier
 from xcloud.secure.messages import (
@@ -42,9 +42,6 @@ from xcloud.transport.blobs import Handle
 from xcloud.transport.calls import later
 
 __all__ = ["Adder", "MaskedAggregation", "Relay"]
-
-KEPT = 4
-"""Rounds whose syncs are kept, as the regions do (`secure.guard`); those of skipped rounds are never merged."""
 
 M = TypeVar("M", bound=SecureMessage)
 
@@ -126,12 +123,8 @@ class MaskedAggregation:
     ) -> None:
         assert isinstance(job.secure_aggregation, SecureConfig)
         self.job, self.config = job, job.secure_aggregation
-        self._aggregation, self._signer, self._roster, self._roster_hash = (
-            aggregation,
-            signer,
-            roster,
-            roster_hash,
-        )
+        self._aggregation, self._signer = aggregation, signer
+        self._roster, self._roster_hash = roster, roster_hash
         self._start = 0
         self._fleet: Relay | None = None
         self._open: dict[int, _Open] = {}
@@ -163,6 +156,7 @@ class MaskedAggregation:
         second = [message.name for message in shares]
         boxes = {name: Delivered(shares=tuple(server.for_one(name, shares))) for name in second}
         received = fleet.relay("receive", plan.round, {name: box.to_wire() for name, box in boxes.items()})
+        # As the regions do: the syncs of skipped rounds are never merged.
         self._open = {n: sync for n, sync in self._open.items() if n > plan.round - KEPT}
         self._open[plan.round] = _Open(server, tuple(received))
 
@@ -205,9 +199,8 @@ class MaskedAggregation:
             result = server.result(hashes, opening)
             confirmed = self._fleet.confirm(total, handles, result.to_wire(), names)
             proof = Proof(result=result, quorum=server.confirmed(result, confirmed))
-        except (
-            SecurityError
-        ) as error:  # the round is tried again with new keys, unless its sum was opened already
+        except SecurityError as error:
+            # The round is tried again with new keys, unless its sum was opened already.
             raise RegionError("the cohort", str(error)) from error
         del self._open[plan.round]
         changes = {"proof": proof.to_wire().decode(), "total_share": result.weight / SCALE}

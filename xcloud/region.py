@@ -326,9 +326,7 @@ class Region:
             attempt=plan.attempt,
             tokens=sum(tokens),
             train_loss=sum(losses) / sum(tokens) if sum(tokens) else math.nan,
-            update_norm=math.nan
-            if self.guard
-            else math.sqrt(norm_squared),  # it would say something of this update
+            update_norm=math.nan if self.guard else math.sqrt(norm_squared),  # it tells of this one update
             share=share,
             cursor=at,
             chunk_bytes=bundle.sizes,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.strategies import damaged, quick
 from xcloud.errors import PolicyError
 from xcloud.secure.files import LIMIT
-from xcloud.secure.member import threshold
-from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts, minimum_survivors
+from xcloud.secure.member import minimum_survivors, threshold
+from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts
 
 A, B, C = "a" * 64, "b" * 32, "c" * 64
 

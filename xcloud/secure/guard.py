@@ -21,7 +21,7 @@ from xcloud.secure.messages import (
 )
 from xcloud.secure.tags import Sealed, add_tags
 
-__all__ = ["SCALE", "Guard"]
+__all__ = ["KEPT", "SCALE", "Guard"]
 
 SCALE = 1 << 20
 """A share of the weight, from 0 to 1, in the lane of integers."""
@@ -44,9 +44,8 @@ class Guard:
         self._syncs: dict[int, Sync] = {}
         self._maskers: dict[int, Masker] = {}
         self._unused: set[int] = set()
-        self._lock = (
-            threading.RLock()
-        )  # a region is asked in several threads, and no check may race with another
+        # A region is asked in several threads, and no check may race with another.
+        self._lock = threading.RLock()
 
     def answer(self, stage: str, number: int, asked: bytes) -> bytes:
         """One stage of the sync of round `number`.

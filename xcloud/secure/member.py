@@ -59,6 +59,7 @@ __all__ = [
     "Verifier",
     "commitment",
     "lanes_of",
+    "minimum_survivors",
     "pair_key",
     "self_key",
     "threshold",
@@ -115,6 +116,14 @@ class Memory(Protocol):
 def threshold(cohort: int, colluders: int) -> int:
     """The smallest t with 2t > n + c: two sets of t members share one who is honest."""
     return (cohort + colluders) // 2 + 1
+
+
+def minimum_survivors(colluders: int, two_regions: bool = False) -> int:
+    """Regions that a sum must hold, so that it hides one of them from c colluders: c + 2, and at least 3.
+
+    With `two_regions` at least 2, and then each of the two learns the other's update from the sum.
+    """
+    return max(2 if two_regions else 3, colluders + 2)
 
 
 class Member:

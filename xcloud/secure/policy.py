@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from xcloud.errors import PolicyError
 from xcloud.registry import nearest
 from xcloud.secure.files import explain, read_file
-from xcloud.secure.member import threshold
+from xcloud.secure.member import minimum_survivors, threshold
 from xcloud.strict_yaml import PlainLoader
 
 __all__ = ["PlanFacts", "Policy", "PrivacyFacts", "Protection", "minimum_survivors"]
@@ -36,14 +36,6 @@ MOST_REGIONS = 4096
 _RANK: dict[Protection, int] = {"none": 0, "envelope": 1, "secure_aggregation": 2}
 
 Hash = Annotated[str, Field(pattern=r"^([0-9a-f]{32}){1,2}$")]
-
-
-def minimum_survivors(colluders: int, two_regions: bool = False) -> int:
-    """Regions that a sum must hold, so that it hides one of them from c colluders: c + 2, and at least 3.
-
-    With `two_regions` at least 2, and then each of the two learns the other's update from the sum.
-    """
-    return max(2 if two_regions else 3, colluders + 2)
 
 
 @dataclass(frozen=True)

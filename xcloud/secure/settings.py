@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from xcloud.secure.member import threshold
+from xcloud.secure.member import minimum_survivors, threshold
 
 __all__ = ["SecureConfig"]
 
@@ -34,7 +34,7 @@ class SecureConfig(BaseModel):
     @property
     def survivors(self) -> int:
         """Fewest regions whose sum is opened."""
-        return self.minimum or max(2 if self.allow_two else 3, self.colluders + 2)
+        return self.minimum or minimum_survivors(self.colluders, self.allow_two)
 
     def threshold(self, cohort: int) -> int:
         """Regions without which nothing is opened."""
