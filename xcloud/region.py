@@ -200,7 +200,7 @@ class Region:
         self.upload = RayBlobs(self.settings.cloud, reader if len(self.settings.pools) == 1 else None)
         self.pools: list[Pool] = []
         self.cursor = 0
-        self.model_digest = ""
+        self.model_digest = self.manifest_digest = ""
         self.pending: Pending | None = None
         self.guard: Guard | None = None
         self._shown = False
@@ -417,8 +417,13 @@ class Region:
 
     def _check(self, plan: SyncPlan) -> None:
         """Refuse a sync of another model, or of updates that are made in another way."""
-        told = {"model": plan.model, "update": plan.update, "job": plan.job}
-        held = {"model": self.model_digest, "update": self.job.update_digest, "job": self.job.name}
+        told = {"model": plan.model, "layout": plan.manifest, "update": plan.update, "job": plan.job}
+        held = {
+            "model": self.model_digest,
+            "layout": self.manifest_digest,
+            "update": self.job.update_digest,
+            "job": self.job.name,
+        }
         for key, value in held.items():
             if told[key] != value:
                 raise SecurityError(
@@ -534,6 +539,7 @@ class Region:
     def _ready(self, evaluate: bool) -> RegionReady:
         facts = gather([reference for pool in self.pools for reference in pool.ask("describe")])
         data, fingerprint, sequences, manifest, privacy = facts[0]
+        self.manifest_digest = manifest.digest
         if any(other[1] != fingerprint for other in facts):
             raise DataError(
                 f"region {self.name!r}: its ranks see different data; expected equal files on its nodes"

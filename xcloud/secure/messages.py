@@ -69,7 +69,7 @@ class SyncPlan(SecureMessage):
         model: digest of the model that they start from.
         manifest: digest of its layout.
         update: digest of codec, ring and clipping: how updates become integers.
-        chunks: half-open range of chunk ids.
+        chunks: half-open range of chunk ids; (0, 0): all of the layout's.
         most_weight: the largest weight one region may have.
         tagged: whether regions check the sum by its tags (`secure.tags`).
     """
