@@ -24,12 +24,12 @@ from benchmarks.harness import Options, Result
 from xcloud.aggregation import ClusterAggregation
 from xcloud.checkpoint import CheckpointStore
 from xcloud.cloud.session import ray_session
+from xcloud.cluster_region import ClusterRegion
 from xcloud.config import parse_job
 from xcloud.driver import Run
 from xcloud.fleet import Fleet
 from xcloud.metrics import Event, RoundRow, RunLog
 from xcloud.quiet import apply_quiet
-from xcloud.region import ClusterRegion
 
 __all__ = ["run"]
 

@@ -35,6 +35,7 @@ from benchmarks.peers import PeerOptions, flower_python, run_peer
 from benchmarks.peers.plain_ray import Aggregator, Region, initial_model
 from xcloud.aggregation import ClusterAggregation
 from xcloud.checkpoint import CheckpointStore
+from xcloud.cluster_region import ClusterRegion
 from xcloud.config import JobConfig, parse_job
 from xcloud.driver import Run
 from xcloud.fleet import Fleet
@@ -43,7 +44,6 @@ from xcloud.messages import RegionReport, RoundPlan
 from xcloud.metrics import RunLog
 from xcloud.parts import Bundle, PartWriter
 from xcloud.quiet import apply_quiet
-from xcloud.region import ClusterRegion
 from xcloud.transport.blobs import RayBlobs
 
 __all__ = ["run"]

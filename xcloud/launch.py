@@ -11,13 +11,13 @@ from typing import Any
 from xcloud.aggregation import AggregatorHandle, ClusterAggregation
 from xcloud.checkpoint import CheckpointStore
 from xcloud.cloud.session import ray_session
+from xcloud.cluster_region import ClusterRegion
 from xcloud.config import JobConfig
 from xcloud.driver import Run
 from xcloud.fleet import Fleet
 from xcloud.ledger import Outcome, find_commit, keep_job
 from xcloud.masking import MaskedAggregation
 from xcloud.metrics import RunLog
-from xcloud.region import ClusterRegion
 from xcloud.secure.local import make_keys, open_driver
 from xcloud.secure.settings import SecureConfig
 

@@ -14,10 +14,10 @@ import ray
 import xcloud.launch
 from tests.factory import job_of, raw_job, region
 from xcloud.checkpoint import CheckpointStore, CommitRecord
+from xcloud.cluster_region import ClusterRegion
 from xcloud.config import JobConfig
 from xcloud.launch import train
 from xcloud.metrics import Event, RunLog
-from xcloud.region import ClusterRegion
 
 ROUNDS = 6
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.e2e.conftest import Killer, play
 from tests.factory import raw_job, region
+from xcloud.cluster_region import ClusterRegion
 from xcloud.metrics import read_events, read_rounds
-from xcloud.region import ClusterRegion
 
 
 def job(folder: Path, **changes: Any) -> dict[str, Any]:

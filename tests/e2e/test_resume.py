@@ -19,9 +19,9 @@ import yaml
 from tests.e2e.conftest import ROUNDS, Finished, Killer, play
 from tests.e2e.test_equivalence import committed_model
 from xcloud.checkpoint import CheckpointStore
+from xcloud.cluster_region import ClusterRegion
 from xcloud.errors import CheckpointError
 from xcloud.metrics import Event, read_events, read_rounds
-from xcloud.region import ClusterRegion
 
 
 def test_three_rounds_and_three_more_equal_six(finished: Finished, tmp_path: Path) -> None:
