@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -25,6 +25,7 @@ from xcloud.aggregators import Gram
 from xcloud.config import JobConfig, dump_job
 from xcloud.errors import AggregationError, PlacementError, RegionError
 from xcloud.folding import Folder
+from xcloud.mailing import Arranged, Mailing
 from xcloud.manifest import ChunkLayout
 from xcloud.messages import (
     Folded,
@@ -39,6 +40,7 @@ from xcloud.messages import (
 from xcloud.parts import Bundle
 from xcloud.policies import BufferConfig
 from xcloud.secure.masks import Masker
+from xcloud.secure.post import Letter, aggregator_name
 from xcloud.transport.blobs import Copies, Handle, RayBlobs
 from xcloud.transport.calls import gather, in_own_words, later
 from xcloud.update import adds_up
@@ -65,7 +67,8 @@ class Crew(Protocol):
 class _Sent:
     """One update on its way into the sum, encoded in `round`; `relayed`: it is a cloud's mean already.
 
-    `hashes`: SHA-256 that its chunks must have, in hex; none where updates are not masked.
+    `hashes`: SHA-256 that its chunks must have, in hex; none where updates are not masked. `letter`: header of its
+    envelope, of a cloud's mean; those of regions are with the rest of the mail.
     """
 
     name: str
@@ -74,6 +77,7 @@ class _Sent:
     round: int
     relayed: bool = False
     hashes: tuple[str, ...] = ()
+    letter: str = ""
 
 
 class Aggregation:
@@ -96,6 +100,7 @@ class Aggregation:
         reports: Sequence[RegionReport],
         updates: Sequence[Sequence[Handle]],
         hashes: Mapping[str, tuple[str, ...]] | None = None,
+        arranged: Arranged | None = None,
     ) -> tuple[RoundSum, list[Handle]]:
         """Combine the regions' updates of the plan's chunks.
 
@@ -104,7 +109,8 @@ class Aggregation:
             layout: of each chunk of the model.
             reports: in the job's order of regions.
             updates: for each report, one handle for each of its parts.
-            hashes: by region, SHA-256 that each chunk must have, in hex.
+            hashes: by region, SHA-256 that each chunk must have, in hex: they are masked.
+            arranged: their envelopes; None: they travel as they are.
 
         Raises:
             RegionError: a region's update is malformed, holds other chunks than planned, is not finite or is lost.
@@ -127,12 +133,14 @@ class Aggregation:
             )
             for report, handles in zip(reports, updates, strict=True)
         ]
-        weights = self._weights(plan, layout, chunks, reports, sent)
+        weights = self._weights(plan, layout, chunks, reports, sent, arranged)
         sent = [replace(one, weight=weight) for one, weight in zip(sent, weights, strict=True)]
         near: tuple[str, ...] = ()
         if self.job.hierarchy.type == "cloud":
-            sent, near = self._by_cloud(plan, layout, chunks, sent)
-        merged, norms = self._fold(plan, layout, dict(enumerate(self._shares(chunks))), sent)
+            sent, near = self._by_cloud(plan, layout, chunks, sent, arranged)
+        # A masked total is not for the regions yet.
+        mail = _mail(arranged, sent, "nobody" if hashes is not None else "regions")
+        merged, norms, letters = self._fold(plan, layout, dict(enumerate(self.shares(chunks))), sent, mail)
         summary = RoundSum(
             round=plan.round,
             attempt=plan.attempt,
@@ -145,6 +153,7 @@ class Aggregation:
             total_share=total_share,
             egress_up=sum(sum(one.bundle.sizes) for one in sent),
             near=near,
+            letters=letters,
             fold_s=time.perf_counter() - began,
         )
         if not near:
@@ -161,10 +170,12 @@ class Aggregation:
         total: RoundSum,
         handles: Sequence[Handle],
         opening: Masker,
+        arranged: Arranged | None = None,
     ) -> tuple[RoundSum, list[Handle], list[bytes]]:
         """Open a total of masked encodings; also the SHA-256 of each of its chunks."""
+        mail = _mail(arranged, (), "regions")
         whole, calls = Bundle(total.parts, total.chunk_bytes, tuple(handles)), {}
-        for who, share in enumerate(self._shares(total.chunks)):
+        for who, share in enumerate(self.shares(total.chunks)):
             part = whole.within(share)
             order = UnmaskOrder(
                 round=total.round,
@@ -172,6 +183,7 @@ class Aggregation:
                 parts=part.parts,
                 added=tuple(key.hex() for key in opening.added),
                 taken=tuple(key.hex() for key in opening.taken),
+                mail=mail,
             )
             calls[who] = (order.to_wire(), [(c.length, c.matrices) for c in layout], list(part.handles))
         answers = self.crew.ask("unmask", calls)
@@ -180,7 +192,9 @@ class Aggregation:
             Bundle(one.parts, one.chunk_bytes, tuple(answers[who][1]))
             for who, one in zip(calls, opened, strict=True)
         )
-        summary = total.model_copy(update={"chunk_bytes": merged.sizes, "parts": merged.parts})
+        letters = tuple(one.letter for one in opened if one.letter)
+        changes = {"chunk_bytes": merged.sizes, "parts": merged.parts, "letters": letters}
+        summary = total.model_copy(update=changes)
         found = [bytes.fromhex(digest) for one in opened for digest in one.hashes]
         return summary, list(merged.handles), found
 
@@ -191,12 +205,15 @@ class Aggregation:
         chunks: range,
         reports: Sequence[RegionReport],
         sent: Sequence[_Sent],
+        arranged: Arranged | None,
     ) -> list[float]:
         """What each region's update counts."""
         gram: Gram | None = None
         if self.aggregator.needs_gram:
-            shares = dict(enumerate(self._shares(chunks)))
-            parts = self.crew.ask("gram", {who: _call(plan, layout, s, sent) for who, s in shares.items()})
+            shares = dict(enumerate(self.shares(chunks)))
+            mail = _mail(arranged, sent, "nobody")
+            calls = {who: _call(plan, layout, s, sent, mail) for who, s in shares.items()}
+            parts = self.crew.ask("gram", calls)
             gram = np.concatenate([parts[who] for who in shares]).sum(axis=0)  # chunk by chunk: the same bits
         weights, buffer = self.aggregator.weights(reports, gram), self.job.buffer
         if buffer is None:
@@ -204,7 +221,12 @@ class Aggregation:
         return [weight * buffer.factor(r.staleness) for weight, r in zip(weights, reports, strict=True)]
 
     def _by_cloud(
-        self, plan: RoundPlan, layout: Sequence[ChunkLayout], chunks: range, sent: Sequence[_Sent]
+        self,
+        plan: RoundPlan,
+        layout: Sequence[ChunkLayout],
+        chunks: range,
+        sent: Sequence[_Sent],
+        arranged: Arranged | None,
     ) -> tuple[list[_Sent], tuple[str, ...]]:
         """Merge the regions of each cloud that has several; returns what goes on, and those clouds."""
         clouds: dict[str, list[_Sent]] = {}
@@ -215,14 +237,16 @@ class Aggregation:
             if len(members) > 1:
                 total = totals[cloud] = math.fsum(member.weight for member in members)
                 inner = [replace(m, weight=m.weight / total if total else 0.0) for m in members]
-                calls[cloud] = _call(plan, layout, chunks, inner)
+                calls[cloud] = _call(plan, layout, chunks, inner, _mail(arranged, inner, "folders"))
         answers = self.crew.ask("fold", calls)
-        going = [
-            _Sent(f"the aggregator of {cloud}", totals[cloud], _bundle(answers[cloud])[0], plan.round, True)
-            if cloud in totals
-            else members[0]
-            for cloud, members in clouds.items()
-        ]
+        going = []
+        for cloud, members in clouds.items():
+            if cloud not in totals:
+                going.append(members[0])
+                continue
+            bundle, _, letter = _bundle(answers[cloud])
+            name = aggregator_name(cloud)
+            going.append(_Sent(name, totals[cloud], bundle, plan.round, relayed=True, letter=letter))
         return going, tuple(totals)
 
     def _fold(
@@ -231,13 +255,20 @@ class Aggregation:
         layout: Sequence[ChunkLayout],
         shares: Mapping[int, range],
         sent: Sequence[_Sent],
-    ) -> tuple[Bundle, list[float]]:
-        """The root's fold: the merged update, and the squared norm of each chunk."""
-        answers = self.crew.ask("fold", {who: _call(plan, layout, s, sent) for who, s in shares.items()})
+        mail: str,
+    ) -> tuple[Bundle, list[float], tuple[str, ...]]:
+        """The root's fold: the merged update, the squared norm of each chunk, and the headers of its envelopes."""
+        answers = self.crew.ask(
+            "fold", {who: _call(plan, layout, s, sent, mail) for who, s in shares.items()}
+        )
         folded = [_bundle(answers[who]) for who in shares]
-        return Bundle.join(bundle for bundle, _ in folded), [norm for _, norms in folded for norm in norms]
+        return (
+            Bundle.join(bundle for bundle, _, _ in folded),
+            [norm for _, norms, _ in folded for norm in norms],
+            tuple(letter for _, _, letter in folded if letter),
+        )
 
-    def _shares(self, chunks: range) -> list[range]:
+    def shares(self, chunks: range) -> list[range]:
         """Contiguous shares of `chunks`, one for each aggregation actor that gets any."""
         count = self.job.aggregation_actors
         cuts = [chunks.start + len(chunks) * i // count for i in range(count + 1)]
@@ -268,8 +299,27 @@ def _check(
         )
 
 
+def _mail(
+    arranged: Arranged | None, sent: Sequence[_Sent], to: Literal["nobody", "folders", "regions"]
+) -> str:
+    """What opens these updates, and whom the result is sealed for; nothing where there are no envelopes."""
+    if arranged is None:
+        return ""
+    letters = {
+        one.name: Letter.from_wire(one.letter.encode(), one.name)
+        if one.letter
+        else arranged.letters[one.name]
+        for one in sent
+    }
+    return arranged.mail(letters, to)
+
+
 def _call(
-    plan: RoundPlan, layout: Sequence[ChunkLayout], chunks: range, sent: Sequence[_Sent]
+    plan: RoundPlan,
+    layout: Sequence[ChunkLayout],
+    chunks: range,
+    sent: Sequence[_Sent],
+    mail: str,
 ) -> tuple[bytes, list[Any], list[list[Handle]]]:
     """Arguments of `Folder.fold` and `Folder.gram`, with no more than the parts that hold `chunks`."""
     cut = [one.bundle.within(chunks) for one in sent]
@@ -285,14 +335,15 @@ def _call(
         )
         for one, bundle in zip(sent, cut, strict=True)
     )
-    order = FoldOrder(round=plan.round, chunks=(chunks.start, chunks.stop), sources=sources)
+    order = FoldOrder(round=plan.round, chunks=(chunks.start, chunks.stop), sources=sources, mail=mail)
     return order.to_wire(), [(c.length, c.matrices) for c in layout], [list(b.handles) for b in cut]
 
 
-def _bundle(answer: tuple[bytes, Sequence[Handle]]) -> tuple[Bundle, tuple[float, ...]]:
-    """What `Folder.fold` answered."""
+def _bundle(answer: tuple[bytes, Sequence[Handle]]) -> tuple[Bundle, tuple[float, ...], str]:
+    """What `Folder.fold` answered: chunks, squared norms, header of the envelope."""
     folded = Folded.from_wire(answer[0], "aggregator")
-    return Bundle(folded.parts, folded.chunk_bytes, tuple(answer[1])), folded.norms_squared
+    bundle = Bundle(folded.parts, folded.chunk_bytes, tuple(answer[1]))
+    return bundle, folded.norms_squared, folded.letter
 
 
 class AggregatorHandle(Protocol):
@@ -323,6 +374,8 @@ class ClusterAggregation:
         self._job, self._enforce_labels = dump_job(job), enforce_labels
         self._shares = job.aggregation_actors
         self._aggregation = Aggregation(job, self)
+        self._mailing = Mailing(job, self) if job.envelope is not None else None
+        self._arranged: dict[int, Arranged | None] = {}  # of masked rounds between their two stages
         self._lock = threading.Lock()  # merges may be in flight side by side
         self.actors: dict[int | str, Any] = {}
         self.restart()
@@ -344,11 +397,28 @@ class ClusterAggregation:
         updates: Sequence[Sequence[Handle]],
     ) -> Future[tuple[RoundSum, list[Handle]]]:
         """Merge in the actors; see `Aggregation.merge`."""
-        return later("the aggregator", lambda: self._aggregation.merge(plan, layout, reports, updates))
+
+        def merged() -> tuple[RoundSum, list[Handle]]:
+            arranged = self._arrange(plan, layout, reports)
+            return self._aggregation.merge(plan, layout, reports, updates, arranged=arranged)
+
+        return later("the aggregator", merged)
+
+    def _arrange(
+        self, plan: RoundPlan, layout: Sequence[ChunkLayout], reports: Sequence[RegionReport]
+    ) -> Arranged | None:
+        """Everybody's keys and headers for a merge; None where there are no envelopes."""
+        if self._mailing is None:
+            return None
+        chunks = range(*plan.chunks) if plan.chunks else range(len(layout))
+        rounds = {report.region: report.round for report in reports}
+        return self._mailing.arrange(plan, chunks, rounds, range(len(self._aggregation.shares(chunks))))
 
     def open(self, plan: RoundPlan, fleet: Any) -> str | None:
         """What stands in the way of a round; nothing where updates are not masked."""
-        del plan, fleet
+        del plan
+        if self._mailing is not None:
+            self._mailing.parties = fleet
         return None
 
     def add(
@@ -361,7 +431,8 @@ class ClusterAggregation:
     ) -> tuple[RoundSum, list[Handle]]:
         """The total of masked updates whose chunks have these SHA-256; see `Aggregation.merge`."""
         try:
-            return self._aggregation.merge(plan, layout, reports, updates, hashes)
+            arranged = self._arranged[plan.round] = self._arrange(plan, layout, reports)
+            return self._aggregation.merge(plan, layout, reports, updates, hashes, arranged)
         except ray.exceptions.RayError as error:
             raise in_own_words("the aggregator", error) from None
 
@@ -369,7 +440,11 @@ class ClusterAggregation:
         self, layout: Sequence[ChunkLayout], total: RoundSum, handles: Sequence[Handle], opening: Masker
     ) -> tuple[RoundSum, list[Handle], list[bytes]]:
         """See `Aggregation.unmask`."""
-        return self._aggregation.unmask(layout, total, handles, opening)
+        arranged = self._arranged.pop(total.round)
+        try:
+            return self._aggregation.unmask(layout, total, handles, opening, arranged)
+        except ray.exceptions.RayError as error:
+            raise in_own_words("the aggregator", error) from None
 
     def restart(self) -> None:
         """Fresh actors; they hold no state worth saving. A cloud's comes when it is needed: its nodes may
@@ -377,7 +452,7 @@ class ClusterAggregation:
         with self._lock:
             for actor in self.actors.values():
                 ray.kill(actor)
-            self.actors = {share: self._start(None) for share in range(self._shares)}
+            self.actors = {share: self._start(None, share) for share in range(self._shares)}
 
     def ask(self, method: str, calls: Mapping[Who, tuple[Any, ...]]) -> dict[Who, Any]:
         """Call a method of several actors at once; see `Crew`."""
@@ -388,7 +463,7 @@ class ClusterAggregation:
             references = [getattr(self.actors[who], method).remote(*args) for who, args in calls.items()]
         return dict(zip(calls, gather(references), strict=True))
 
-    def _start(self, cloud: str | None) -> Any:
+    def _start(self, cloud: str | None, share: int = 0) -> Any:
         here = ray.get_runtime_context().get_node_id()
         options: dict[str, Any] = {"num_cpus": 0}
         if cloud is None and self._shares > 1:
@@ -399,4 +474,4 @@ class ClusterAggregation:
             if not any(node["Alive"] and node["Labels"].get("cloud") == cloud for node in ray.nodes()):
                 raise PlacementError(f"hierarchy: no live node carries the label cloud={cloud}")
             options["label_selector"] = {"cloud": cloud}
-        return ray.remote(Folder).options(**options).remote(self._job, RayBlobs(cloud), cloud)
+        return ray.remote(Folder).options(**options).remote(self._job, RayBlobs(cloud), cloud, share)

@@ -33,6 +33,7 @@ from xcloud.policies import BufferConfig, FailureConfig, GuardConfig, StreamingC
 from xcloud.privacy import DPConfig
 from xcloud.registry import PartConfig, Registry, nearest
 from xcloud.secure.member import minimum_survivors
+from xcloud.secure.post import EnvelopeConfig, is_reserved
 from xcloud.secure.primitives import digest
 from xcloud.secure.settings import SecureConfig
 from xcloud.strict_yaml import StrictDumper, StrictLoader
@@ -205,6 +206,7 @@ class JobConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     failure: FailureConfig = FailureConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    envelope: EnvelopeConfig | None = EnvelopeConfig()
     secure_aggregation: SecureConfig | None = None
     guards: GuardConfig | None = None
     plugins: tuple[str, ...] = ()
@@ -215,6 +217,11 @@ class JobConfig(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"regions: the name {twice[0]!r} is used twice; names must be unique")
+        taken = next((name for name in names if is_reserved(name)), None)
+        if taken is not None:
+            raise ValueError(
+                f"regions: {taken!r} is the name of the driver or of an aggregation actor; expected another one"
+            )
         quorum = self.failure.quorum
         if quorum is not None and quorum > len(self.regions):
             raise ValueError(

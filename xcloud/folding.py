@@ -27,11 +27,24 @@ import ray
 
 from xcloud.codecs import Array, Bytes, Codec, Frame, Identity, accumulate, ring_of
 from xcloud.config import parse_job
-from xcloud.errors import AggregationError, NonFiniteUpdateError, RegionError
+from xcloud.errors import AggregationError, NonFiniteUpdateError, RegionError, SecurityError
 from xcloud.manifest import ChunkLayout
-from xcloud.messages import Folded, FoldOrder, Unmasked, UnmaskOrder
+from xcloud.messages import Folded, FoldOrder, Source, Unmasked, UnmaskOrder
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
+from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
+from xcloud.secure.identity import Role
 from xcloud.secure.masks import Masker
+from xcloud.secure.post import (
+    Letter,
+    Mail,
+    Post,
+    PostOrder,
+    aggregator_name,
+    largest,
+    round_hash,
+)
+from xcloud.secure.primitives import TAG_BYTES
+from xcloud.secure.sealed_parts import ChunkReader, ChunkSealer, reader_of
 from xcloud.transport.blobs import Handle
 from xcloud.update import Framing, adds_up
 
@@ -61,6 +74,16 @@ class _Update:
     codec: Codec
     bundle: Bundle
     hashes: tuple[str, ...] = ()
+    opening: Opening | None = None
+
+
+@dataclass(frozen=True)
+class _WayOut:
+    """How chunks leave a folder: in an envelope, or (no `sealing`) as they are. `rows` of its table fill up on the way."""
+
+    mail: Mail | None
+    sealing: Sealing | None
+    rows: dict[int, bytes]
 
 
 class Folder:
@@ -70,10 +93,14 @@ class Folder:
         job: as YAML; says how updates combine, and how they are encoded on their way up and down.
         blobs: where the chunks are.
         cloud: merges the regions of this cloud for the root; None: is the root, or a share of it.
+        share: which share of the root it is.
     """
 
-    def __init__(self, job: str, blobs: BlobStore, cloud: str | None = None) -> None:
+    def __init__(self, job: str, blobs: BlobStore, cloud: str | None = None, share: int = 0) -> None:
         parsed = parse_job(job)
+        self.name = aggregator_name(share if cloud is None else cloud)
+        self._envelope = parsed.envelope
+        self._post: Post | None = None
         self.aggregator = parsed.aggregator.build()
         self.codec, self.relay = parsed.codec.build(), parsed.hierarchy.relay()
         self.encoder = parsed.downlink.build() if cloud is None else self.relay
@@ -97,6 +124,20 @@ class Folder:
         self._ahead += len(handles)
         if self._ahead <= AHEAD:
             self.blobs.prefetch(handles)
+
+    def receiver(self, order: bytes) -> bytes:
+        """Who this folder is, and fresh keys to seal to (`secure.post.PostOrder`, `Posted`).
+
+        Raises:
+            KeyFileError: names the key file that it needs and that is missing or wrong.
+        """
+        return self._own_post().answer(PostOrder.from_wire(order, "driver")).to_wire()
+
+    def _own_post(self) -> Post:
+        if self._post is None:  # not in the constructor: an actor that dies there cannot say why
+            assert self._envelope is not None, "asked of jobs with envelopes only"
+            self._post = Post.open(self.name, self._envelope)
+        return self._post
 
     def copy(self, handles: Sequence[Handle]) -> list[Handle]:
         """Buffers of our own with the same contents, for readers nearby."""
@@ -151,13 +192,36 @@ class Folder:
             sent = [update for update in sent if update.weight]  # rather than multiplied: 0 x NaN is NaN
 
         def folded(span: range) -> tuple[Bundle, list[float]]:
-            return self._fold(span, ordered.round, shapes, sent)
+            return self._fold(span, ordered.round, shapes, sent, way)
 
+        way = self._way_out(ordered.mail, ordered.round, range(*ordered.chunks))
         done = self._each(folded, range(*ordered.chunks), shapes, sent, together=not additive)
         merged = Bundle.join(bundle for bundle, _ in done)
         norms = tuple(norm for _, norms in done for norm in norms)
-        header = Folded(parts=merged.parts, chunk_bytes=merged.sizes, norms_squared=norms)
+        header = Folded(
+            parts=merged.parts, chunk_bytes=merged.sizes, norms_squared=norms, letter=self._closed(way)
+        )
         return header.to_wire(), list(merged.handles)
+
+    def _way_out(self, mail: str, round: int, chunks: range) -> _WayOut:
+        """How what is folded goes on."""
+        told = Mail.from_wire(mail.encode(), "driver") if mail else None
+        if told is None or not told.receivers:
+            return _WayOut(told, None, {})
+        plan = round_hash(self.framing.job, round, told.manifest)
+        route = Route(plan, self.framing.job, round, told.attempt, told.direction, self.name, chunks)
+        return _WayOut(told, Sealing(route, new_secret()), {})
+
+    def _closed(self, way: _WayOut) -> str:
+        """The header of what was sealed, for those that it goes to."""
+        if way.mail is None or way.sealing is None:
+            return ""
+        table = table_of(way.sealing.route, way.rows)
+        role: Role = "region" if way.mail.direction == "down" else "aggregator"
+        letter = self._own_post().wrap(
+            way.sealing, table, way.mail.attempt, way.mail.receivers, role, way.mail.introduced
+        )
+        return letter.to_wire().decode()
 
     def unmask(
         self, order: bytes, layout: Sequence[Any], handles: Sequence[Handle]
@@ -179,8 +243,11 @@ class Folder:
             tuple(bytes.fromhex(key) for key in asked.added), tuple(bytes.fromhex(key) for key in asked.taken)
         )
 
+        way = self._way_out(asked.mail, asked.round, _range_of(total))
+
         def opened(span: range) -> tuple[Bundle, list[str]]:
             reader, writer, hashes = PartReader(self.blobs.get, total.within(span)), self._writer(shapes), []
+            sealer = ChunkSealer(way.sealing)
             for chunk in span:
                 data = reader.read(chunk).copy()
                 frame = self.framing.frame(asked.round, chunk, shapes[chunk])
@@ -188,7 +255,8 @@ class Folder:
                 assert ring is not None, "the job was refused otherwise"
                 masker.apply(data, chunk, ring)
                 hashes.append(hashlib.sha256(data).hexdigest())
-                writer.add(chunk, data)
+                writer.add(chunk, sealer.sealed(chunk, data))
+            way.rows.update(sealer.rows)
             return self._finished(writer), hashes
 
         spans = [range(first, first + count) for first, count in total.parts]
@@ -198,13 +266,15 @@ class Folder:
             parts=merged.parts,
             chunk_bytes=merged.sizes,
             hashes=tuple(found for _, hashes in done for found in hashes),
+            letter=self._closed(way),
         )
         return header.to_wire(), list(merged.handles)
 
     def _open(
         self, order: bytes, layout: Sequence[Any], updates: Sequence[Sequence[Handle]]
     ) -> tuple[FoldOrder, list[ChunkLayout], list[_Update]]:
-        ordered = FoldOrder.from_wire(order, "driver")
+        ordered, shapes = FoldOrder.from_wire(order, "driver"), [ChunkLayout(*chunk) for chunk in layout]
+        mail = Mail.from_wire(ordered.mail.encode(), "driver") if ordered.mail else None
         sent = [
             _Update(
                 source.name,
@@ -213,10 +283,30 @@ class Folder:
                 self.relay if source.relayed and not self.summed else self.codec,
                 Bundle(source.parts, source.chunk_bytes, tuple(handles)),
                 source.hashes,
+                None if mail is None else self._unwrapped(mail, source, shapes),
             )
             for source, handles in zip(ordered.sources, updates, strict=True)
         ]
-        return ordered, [ChunkLayout(*chunk) for chunk in layout], sent
+        return ordered, shapes, sent
+
+    def _unwrapped(self, mail: Mail, source: Source, layout: Sequence[ChunkLayout]) -> Opening:
+        """What opens an update's chunks.
+
+        Raises:
+            RegionError: it came in no envelope, or in one that is not for this merge.
+        """
+        letter: Letter | None = mail.letters.get(source.name)
+        if letter is None:
+            raise RegionError(source.name, "its update came without an envelope")
+        job, chunks = self.framing.job, range(*mail.chunks)
+        plan = round_hash(job, source.round, mail.manifest)
+        route = Route(plan, job, source.round, mail.attempt, "up", source.name, chunks)
+        most = largest(max((layout[chunk].length for chunk in chunks), default=0))
+        role: Role = "aggregator" if source.relayed else "region"
+        try:
+            return self._own_post().unwrap(letter, route, role, most, mail.introduced)
+        except SecurityError as error:
+            raise RegionError(source.name, f"its update: {error}") from None
 
     def _each(
         self,
@@ -249,15 +339,21 @@ class Folder:
         return list(each)
 
     def _fold(
-        self, span: range, round: int, layout: Sequence[ChunkLayout], sent: Sequence[_Update]
+        self,
+        span: range,
+        round: int,
+        layout: Sequence[ChunkLayout],
+        sent: Sequence[_Update],
+        way: _WayOut,
     ) -> tuple[Bundle, list[float]]:
         """Fold the chunks of one outgoing part: its bundle and each chunk's squared norm."""
         readers, writer = [self._reader(update, span) for update in sent], self._writer(layout)
-        norms = []
+        norms, sealer = [], ChunkSealer(way.sealing)
         for chunk in span:
             frame = self.framing.frame(round, chunk, layout[chunk])
             if self.summed:
-                writer.add(chunk, self._total(sent, readers, chunk, layout[chunk].length, frame))
+                total = self._total(sent, readers, chunk, layout[chunk].length, frame)
+                writer.add(chunk, sealer.sealed(chunk, total))
                 continue
             out = writer.slot(layout[chunk].length)
             with np.errstate(over="ignore", invalid="ignore"):  # told by the region's name, below
@@ -267,14 +363,15 @@ class Folder:
                 self._blame(sent, readers, chunk, layout[chunk], out)
                 norm_squared = float(np.dot(out.astype(np.float64), out.astype(np.float64)))
             norms.append(norm_squared)
-            writer.add(chunk, self.encoder.encode(out, frame))
+            writer.add(chunk, sealer.sealed(chunk, self.encoder.encode(out, frame)))
+        way.rows.update(sealer.rows)
         return self._finished(writer), norms
 
     def _writer(self, layout: Sequence[ChunkLayout]) -> PartWriter:
         """This thread's writer, until `_finished` gives it back: after a failure it is half full and is let go."""
         writer: PartWriter | None = getattr(self._own, "writer", None)
         self._own.writer = None
-        return writer or PartWriter(self.blobs.put, [chunk.length for chunk in layout], PART_BYTES)
+        return writer or PartWriter(self.blobs.put, [c.length for c in layout], PART_BYTES, TAG_BYTES)
 
     def _finished(self, writer: PartWriter) -> Bundle:
         bundle, self._own.writer = writer.finish(), writer
@@ -283,7 +380,7 @@ class Folder:
     def _combine(
         self,
         sent: Sequence[_Update],
-        readers: Sequence[PartReader],
+        readers: Sequence[ChunkReader],
         chunk: int,
         shape: ChunkLayout,
         out: Array,
@@ -307,7 +404,7 @@ class Folder:
     def _blame(
         self,
         sent: Sequence[_Update],
-        readers: Sequence[PartReader],
+        readers: Sequence[ChunkReader],
         chunk: int,
         shape: ChunkLayout,
         out: Array,
@@ -321,7 +418,7 @@ class Folder:
         raise AggregationError(f"the merged update is not finite in chunk {chunk}")
 
     def _total(
-        self, sent: Sequence[_Update], readers: Sequence[PartReader], chunk: int, length: int, frame: Frame
+        self, sent: Sequence[_Update], readers: Sequence[ChunkReader], chunk: int, length: int, frame: Frame
     ) -> Bytes:
         """The encodings of one chunk, added without opening them."""
         total, ring = None, ring_of(self.codec, length, frame)
@@ -347,26 +444,26 @@ class Folder:
         assert total is not None, "a round merges at least one region"
         return total
 
-    def _reader(self, update: _Update, span: range) -> PartReader:
+    def _reader(self, update: _Update, span: range) -> ChunkReader:
         try:
-            return PartReader(self.blobs.get, update.bundle.within(span))
+            return reader_of(PartReader(self.blobs.get, update.bundle.within(span)), update.opening)
         except ValueError as error:
             raise RegionError(update.name, f"its update is malformed: {error}") from None
 
-    def _opened(self, update: _Update, reader: PartReader, chunk: int, shape: ChunkLayout) -> Array:
+    def _opened(self, update: _Update, reader: ChunkReader, chunk: int, shape: ChunkLayout) -> Array:
         data = self._fetched(update, reader, chunk)
         try:
             return update.codec.decode(data, shape.length, self.framing.frame(update.round, chunk, shape))
         except ValueError as error:
             raise _malformed(update, chunk, error) from None
 
-    def _fetched(self, update: _Update, reader: PartReader, chunk: int) -> Bytes:
+    def _fetched(self, update: _Update, reader: ChunkReader, chunk: int) -> Bytes:
         try:
             return reader.read(chunk)
         except ray.exceptions.RayError as error:
             lost = f"chunk {chunk} of its update is lost ({type(error).__name__})"
             raise RegionError(update.name, lost) from None
-        except ValueError as error:
+        except (ValueError, SecurityError) as error:
             raise _malformed(update, chunk, error) from None
 
 
@@ -376,8 +473,13 @@ def _signed(update: _Update, chunk: int, data: Bytes) -> None:
         raise RegionError(update.name, f"chunk {chunk} of its update is not what it signed")
 
 
-def _malformed(update: _Update, chunk: int, error: ValueError) -> RegionError:
+def _malformed(update: _Update, chunk: int, error: Exception) -> RegionError:
     return RegionError(update.name, f"chunk {chunk} of its update is malformed: {error}")
+
+
+def _range_of(bundle: Bundle) -> range:
+    """The chunk ids that it holds."""
+    return range(bundle.first, bundle.first + len(bundle.sizes))
 
 
 def _spans(layout: Sequence[ChunkLayout], chunks: range, elements: int) -> list[range]:

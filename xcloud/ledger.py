@@ -34,7 +34,7 @@ from xcloud.privacy import PrivacyLedger, Release
 
 __all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "keep_job", "mean_loss"]
 
-CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation")
+CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation", "envelope")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
 
 

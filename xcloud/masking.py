@@ -81,6 +81,8 @@ class Adder(Protocol):
         self, layout: Sequence[ChunkLayout], total: RoundSum, handles: Sequence[Handle], opening: Masker
     ) -> tuple[RoundSum, list[Handle], list[bytes]]: ...
 
+    def open(self, plan: RoundPlan, fleet: Any) -> str | None: ...
+
     def restart(self) -> None: ...
 
 
@@ -131,6 +133,7 @@ class MaskedAggregation:
 
     def open(self, plan: RoundPlan, fleet: Relay) -> str | None:
         """Like `agree`; returns why there are no keys, or None."""
+        self._aggregation.open(plan, fleet)
         try:
             self.agree(plan, fleet)
         except SecurityError as error:

@@ -199,37 +199,50 @@ class Source(Message):
 
 
 class FoldOrder(Message):
-    """What one folder is asked to fold: a half-open range of chunk ids, of these updates in this order."""
+    """What one folder is asked to fold: a half-open range of chunk ids, of these updates in this order.
+
+    `mail`, where updates travel in envelopes, says how to open them and for whom to seal (`secure.post.Mail`).
+    """
 
     round: int
     chunks: tuple[int, int]
     sources: tuple[Source, ...]
+    mail: str = ""
 
 
 class Folded(Message):
-    """What a folder has folded; its buffers travel beside this. No norms where it has opened nothing."""
+    """What a folder has folded; its buffers travel beside this. No norms where it has opened nothing.
+
+    `letter` is the header of the envelope that the chunks are in, where they are in one (`secure.post.Letter`).
+    """
 
     chunk_bytes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
     norms_squared: tuple[float, ...]
+    letter: str = ""
 
 
 class UnmaskOrder(Message):
-    """What one folder is asked to open: a total of its own, by the keys of the streams that did not cancel."""
+    """What one folder is asked to open: a total of its own, by the keys of the streams that did not cancel.
+
+    `mail` as in `FoldOrder`.
+    """
 
     round: int
     chunk_bytes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
     added: tuple[str, ...]
     taken: tuple[str, ...]
+    mail: str = ""
 
 
 class Unmasked(Message):
-    """The opened total: SHA-256 of each chunk. Its buffers travel beside this, cut as the total was."""
+    """The opened total: SHA-256 of each chunk. Its buffers travel beside this, cut as the total was; `letter` as in `Folded`."""
 
     chunk_bytes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
     hashes: tuple[str, ...]
+    letter: str = ""
 
 
 class RoundSum(Message):
@@ -240,7 +253,8 @@ class RoundSum(Message):
     then known). `lands_in` is the round during which it is taken up; None: at once. A sum of no regions changes
     nothing: the round was given up while the next was under way. `egress_up` counts the bytes that crossed between clouds on the way up (None: all of them
     did); `near` names the clouds that have a copy of the merged update for all their regions. `proof`, where updates were
-    masked, is what the regions have signed of it (`secure.messages.Proof`).
+    masked, is what the regions have signed of it (`secure.messages.Proof`). `letters` are the headers of the envelopes that
+    the chunks are in, one for each aggregation actor, where they are in envelopes (`secure.post.Letter`).
     """
 
     round: int
@@ -278,6 +292,7 @@ class RoundSum(Message):
     egress_up: int | None = None
     near: tuple[str, ...] = ()
     proof: str = ""
+    letters: tuple[str, ...] = ()
 
     @property
     def bytes_down(self) -> int:

@@ -91,13 +91,18 @@ class PartWriter:
         put: stores a finished buffer (uint8) and returns its handle.
         lengths: elements of the chunks that will be packed.
         capacity: bytes of a part; the writer holds one such buffer.
+        extra: bytes by which a chunk may become longer than its elements.
     """
 
     def __init__(
-        self, put: Callable[[Bytes], Any], lengths: Sequence[int], capacity: int = PART_BYTES
+        self,
+        put: Callable[[Bytes], Any],
+        lengths: Sequence[int],
+        capacity: int = PART_BYTES,
+        extra: int = 0,
     ) -> None:
         self._put = put
-        sizes = [_aligned(4 * length) for length in lengths]
+        sizes = [_aligned(4 * length + extra) for length in lengths]
         self._buffer = np.empty(max(min(capacity, sum(sizes)), max(sizes, default=0)), np.uint8)
         self._fill = 0
         self._open: list[int] = []

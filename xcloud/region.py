@@ -29,7 +29,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from xcloud.aggregators import MeanConfig
 from xcloud.cloud.placement import place_pool
 from xcloud.config import JobConfig, PoolConfig
-from xcloud.errors import DataError, DivergenceError, MessageError, RegionError, SecurityError
+from xcloud.errors import (
+    DataError,
+    DivergenceError,
+    MessageError,
+    RegionError,
+    SecurityError,
+    TruncatedError,
+)
 from xcloud.messages import (
     Applied,
     PoolReport,
@@ -45,10 +52,13 @@ from xcloud.messages import (
 )
 from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.quiet import quiet_environment
+from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
 from xcloud.secure.guard import SCALE, Guard
+from xcloud.secure.identity import Member
 from xcloud.secure.local import open_guard
 from xcloud.secure.masks import Masker
 from xcloud.secure.messages import SyncPlan
+from xcloud.secure.post import Letter, Post, PostOrder, largest, round_hash
 from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import gather
@@ -113,6 +123,8 @@ class Pending:
     report: RegionReport
     handles: list[Handle]
     masker: Masker | None = None
+    sealing: Sealing | None = None
+    table: bytes = b""
 
 
 def group_name(tag: str, pool: int) -> str:
@@ -167,6 +179,13 @@ def share_of(job: JobConfig, region: str) -> float:
     return job.region(region).sequences_per_step / max(r.sequences_per_step for r in job.regions)
 
 
+def _table(sealing: Sealing | None, offers: Sequence[Offer]) -> bytes:
+    """The table of the envelope that the ranks have filled."""
+    if sealing is None:
+        return b""
+    return table_of(sealing.route, {chunk: row for offer in offers for chunk, row in offer.rows.items()})
+
+
 class Region:
     """One cloud region of a job.
 
@@ -199,8 +218,11 @@ class Region:
         self.pools: list[Pool] = []
         self.cursor = 0
         self.model_digest = self.manifest_digest = ""
+        self._chunk_count = 0
         self.pending: Pending | None = None
         self.guard: Guard | None = None
+        self.post: Post | None = None
+        self._introduced: tuple[Member, ...] = ()
         self._shown = False
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}
@@ -213,8 +235,10 @@ class Region:
         """Place the pools, start every rank's engine and, if asked, evaluate the first model.
 
         Raises:
-            SecurityError: names the file that this region needs to mask its updates, and what is wrong with it.
+            SecurityError: names the file that this region needs to seal or mask its updates, and what is wrong with it.
         """
+        if self.job.envelope is not None:
+            self.post = Post.open(self.name, self.job.envelope)
         secure = self.job.secure_aggregation
         if secure is not None:  # not in the constructor: an actor that dies there cannot say why
             shares = {region.name: share_of(self.job, region.name) for region in self.job.regions}
@@ -289,9 +313,10 @@ class Region:
             self._round = (plan.round, time.monotonic())
         calls, at, single = [], self.cursor, len(self.pools) == 1
         share = share_of(self.job, self.name)
-        masker = self._spend(plan) if self.guard else None
+        masker, sealing = self._spend(plan) if self.guard else None, self._sealing(plan)
+        road = (share, masker, sealing) if single else (None,)
         for pool in self.pools:
-            calls.append(pool.ask("work", plan, at, share if single else None, masker if single else None))
+            calls.append(pool.ask("work", plan, at, *road))
             at += plan.inner_steps * pool.config.sequences_per_step
         gather([reference for references in calls for reference in references])
         worked: list[list[tuple[Trained, Offer]]] = [gather(references) for references in calls]
@@ -312,7 +337,7 @@ class Region:
             offers = [offer for _, offer in worked[0]]
         else:
             mean = self._merge_pools(bundles, tokens)
-            offers = gather(self.pools[0].ask("encode", plan, mean, share, masker))
+            offers = gather(self.pools[0].ask("encode", plan, mean, share, masker, sealing))
         bundle, norm_squared = Bundle.join(o.bundle for o in offers), sum(o.norm_squared for o in offers)
         encode_s = max(offer.seconds for ranks in worked for _, offer in ranks) + time.perf_counter() - began
         losses = [
@@ -335,7 +360,7 @@ class Region:
             upload=self._upload(plan, offers),
             pools=reports,
         )
-        return Pending(report, list(bundle.handles), masker)
+        return Pending(report, list(bundle.handles), masker, sealing, _table(sealing, offers))
 
     def _upload(self, plan: RoundPlan, offers: Sequence[Offer]) -> str:
         """What is signed of masked chunks; nothing where they are not."""
@@ -353,11 +378,70 @@ class Region:
             return
         self._spend(plan)
         sent = Bundle(pending.report.parts, pending.report.chunk_bytes, tuple(pending.handles))
-        offers: list[Offer] = gather(self.pools[0].ask("remask", plan, sent, pending.masker, masker))
+        opening = pending.sealing.opening(pending.table) if pending.sealing is not None else None
+        sealing = self._sealing(plan)  # other bytes: a secret of their own
+        road = (pending.masker, masker, opening, sealing)
+        offers: list[Offer] = gather(self.pools[0].ask("remask", plan, sent, *road))
         bundle = Bundle.join(offer.bundle for offer in offers)
         changes = {"chunk_bytes": bundle.sizes, "parts": bundle.parts, "upload": self._upload(plan, offers)}
         pending.report = pending.report.model_copy(update=changes)
         pending.handles, pending.masker = list(bundle.handles), masker
+        pending.sealing, pending.table = sealing, _table(sealing, offers)
+
+    # -- envelopes ------------------------------------------------------------------------
+
+    def _sealing(self, plan: RoundPlan) -> Sealing | None:
+        """What seals a new update; a secret seals one update and no other."""
+        if self.post is None:
+            return None
+        chunks = range(*plan.chunks) if plan.chunks else range(self._chunk_count)
+        bound = round_hash(self.job.name, plan.round, self.manifest_digest)
+        route = Route(bound, self.job.name, plan.round, plan.attempt, "up", self.name, chunks)
+        return Sealing(route, new_secret())
+
+    def _posted(self, asked: bytes) -> bytes:
+        """Keys for what comes back, and the header of what was sealed, for those who merge it."""
+        order = PostOrder.from_wire(asked, "driver")
+        if self.post is None or order.job != self.job.name:
+            raise SecurityError(f"region {self.name!r} has no envelopes for job {order.job!r}")
+        pending, letter = self.pending, None
+        self._introduced = (*order.introduced, Member.of(self.post.identity, "region"))
+        offered = {key.round for key in order.receivers}
+        if pending is not None and pending.sealing is not None and pending.report.round in offered:
+            letter = self.post.wrap(
+                pending.sealing,
+                pending.table,
+                order.attempt,
+                order.receivers,
+                "aggregator",
+                self._introduced,
+            )
+        return self.post.answer(order, letter).to_wire()
+
+    def _openings(self, total: RoundSum) -> tuple[Opening, ...]:
+        """What opens a merged update's envelopes.
+
+        Raises:
+            SecurityError: it lies in none, in one of another merge, or not all of it does.
+        """
+        if self.post is None or not total.chunk_bytes:
+            return ()
+        bound = round_hash(self.job.name, total.round, self.manifest_digest)
+        openings, at, most = [], total.chunks.start, largest(self.job.chunk_size)
+        for wire in total.letters:
+            letter = Letter.from_wire(wire.encode(), "aggregator")
+            told = letter.envelope.route
+            route = Route(bound, self.job.name, total.round, total.attempt, "down", told.sender, told.chunks)
+            if told.chunks.start != at:
+                break
+            at = told.chunks.stop
+            openings.append(self.post.unwrap(letter, route, "aggregator", most, self._introduced))
+        if at != total.chunks.stop or len(openings) != len(total.letters):
+            raise TruncatedError(
+                f"round {total.round}: the envelopes of the merged update hold chunks {total.chunks.start} to {at - 1}, "
+                f"expected to {total.chunks.stop - 1}"
+            )
+        return tuple(openings)
 
     # -- secure aggregation ---------------------------------------------------------------
 
@@ -397,7 +481,9 @@ class Region:
         return result.hashes
 
     def secure(self, stage: str, number: int, asked: bytes) -> bytes:
-        """Answer one stage of the sync of round `number`; see `secure.guard.Guard`."""
+        """Answer one stage of the sync of round `number`; see `secure.guard.Guard`, and `_posted`."""
+        if stage == "post":
+            return self._posted(asked)
         if self.guard is None:
             raise SecurityError(f"region {self.name!r} was asked for {stage!r}, but its job masks nothing")
         return self.guard.answer(stage, number, asked)
@@ -409,7 +495,10 @@ class Region:
         tag = self.guard.masker(total.round).tag
         ranks = self.pools[0]
         # With overlap the ranks are training, and wait on the way for this very sum.
-        asked = (ranks.tell if self.job.streaming.overlap else ranks.ask)("check", total, merged, tag)
+        openings = self._openings(total)
+        asked = (ranks.tell if self.job.streaming.overlap else ranks.ask)(
+            "check", total, merged, tag, openings
+        )
         chunks = [one for part in gather(asked) for one in part]
         return self.guard.confirm(total.round, result, chunks)
 
@@ -455,6 +544,7 @@ class Region:
         """
         began = time.perf_counter()
         try:
+            openings = self._openings(total)
             hashes = self._accept(total)
         except (SecurityError, MessageError) as error:
             raise RegionError(self.name, str(error)) from None
@@ -462,15 +552,17 @@ class Region:
         evaluate = evaluate and self.job.evaluation.sequences > 0
         idle = total.lands_in is None
         asked = [
-            pool.ask("apply", total, merged, evaluate and index == 0, hashes)
+            pool.ask("apply", total, merged, evaluate and index == 0, hashes, openings)
             if idle
-            else pool.tell("deliver", total, merged, evaluate and index == 0, hashes)
+            else pool.tell("deliver", total, merged, evaluate and index == 0, hashes, openings)
             for index, pool in enumerate(self.pools)
         ]
         gather([reference for references in asked for reference in references])
         landed: list[list[Landed]] = [gather(references) for references in asked]
         self._agree([rank.digests for ranks in landed for rank in ranks])
         self._merged(total)
+        if self.post is not None:
+            self.post.forget(total.round)
         tokens = sum(rank.eval_tokens for rank in landed[0])
         eval_s = max(rank.eval_s for rank in landed[0])
         show = idle and not self._shown
@@ -537,7 +629,7 @@ class Region:
     def _ready(self, evaluate: bool) -> RegionReady:
         facts = gather([reference for pool in self.pools for reference in pool.ask("describe")])
         data, fingerprint, sequences, manifest, privacy = facts[0]
-        self.manifest_digest = manifest.digest
+        self.manifest_digest, self._chunk_count = manifest.digest, manifest.chunk_count
         if any(other[1] != fingerprint for other in facts):
             raise DataError(
                 f"region {self.name!r}: its ranks see different data; expected equal files on its nodes"

@@ -162,7 +162,6 @@ OTHER_ROUTES = [
     replace(UP, plan=b"q" * 32),
     replace(UP, job="other"),
     replace(UP, round=8),
-    replace(UP, attempt=2),
     replace(UP, direction="down"),
     replace(UP, sender="eu"),
     replace(UP, chunks=range(3, 7)),
@@ -176,6 +175,15 @@ def test_one_secret_gives_each_purpose_keys_of_its_own(route: Route) -> None:
     Sealer(UP, SECRET).seal(4, np.zeros(64, np.uint8), one)
     Sealer(route, SECRET).seal(4, np.zeros(64, np.uint8), other)
     assert not np.array_equal(one[:64], other[:64])  # two keystreams
+
+
+def test_another_attempt_sends_the_same_chunks_under_a_header_of_its_own() -> None:
+    """What was sealed once is not sealed again for a retry; its header is, for whoever receives it then."""
+    first, second = send(UP), send(replace(UP, attempt=2))
+    assert all(np.array_equal(first.chunks[chunk], second.chunks[chunk]) for chunk in UP.chunks)
+    assert first.envelope.wraps != second.envelope.wraps
+    with pytest.raises(ReplayError, match="attempt 1; expected 2"):
+        opener(first, replace(UP, attempt=2))
 
 
 def test_a_chunk_is_never_sealed_with_two_contents() -> None:

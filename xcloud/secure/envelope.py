@@ -15,7 +15,7 @@ It takes 0.6 of the processor time of ChaCha20-Poly1305 where the processor has 
 in chunks of 16 MiB. With the SHA-256 of each sealed chunk, sealing and opening run at about 1 GB/s a core (decision 0021).
 
 Why a retry may use the same keys: the secret is random, is made where the update is, and is forgotten with it. One
-secret and purpose give one key; one key and chunk id give one nonce; and a `Sealer` refuses to seal other content
+secret and purpose give one key, whatever the attempt; one key and chunk id give one nonce; and a `Sealer` refuses to seal other content
 for a chunk. So AES-GCM never meets a nonce with two texts, and a retry is the same bytes. After a crash both the update and
 the secret are gone, and what is trained anew is sealed under other keys.
 
@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
@@ -60,13 +60,16 @@ __all__ = [
     "ROW_BYTES",
     "Envelope",
     "Opener",
+    "Opening",
     "ReceiverKey",
     "Route",
     "Sealer",
+    "Sealing",
     "close_envelope",
     "new_secret",
     "open_envelope",
     "table_of",
+    "unwrap_envelope",
 ]
 
 Bytes = npt.NDArray[np.uint8]
@@ -121,8 +124,13 @@ class Route:
     @property
     def fields(self) -> tuple[Signed, ...]:
         """All of it, to be bound."""
+        return (*self.content, self.attempt)
+
+    @property
+    def content(self) -> tuple[Signed, ...]:
+        """All but the attempt: in another attempt the same chunks go under a new header."""
         first, count = self.chunks.start, len(self.chunks)
-        return (self.plan, self.job, self.round, self.attempt, self.direction, self.sender, first, count)
+        return (self.plan, self.job, self.round, self.direction, self.sender, first, count)
 
 
 class ReceiverKey(Message):
@@ -200,6 +208,22 @@ class Envelope(Message):
             sender=self.sender,
             chunks=range(self.first, self.first + self.count),
         )
+
+
+@dataclass(frozen=True)
+class Sealing:
+    """What seals the chunks of one envelope: a sender may hand it to its own processes, which seal a share each."""
+
+    route: Route
+    secret: bytes = field(repr=False)
+
+    def sealer(self) -> Sealer:
+        """A fresh one."""
+        return Sealer(self.route, self.secret)
+
+    def opening(self, table: bytes) -> Opening:
+        """For the sender itself."""
+        return Opening(self.route, table, _content_key(self.route, self.secret))
 
 
 class Sealer:
@@ -284,6 +308,19 @@ def close_envelope(
     return unsigned.model_copy(update={"signature": identity.sign(HEADER, *unsigned.signed).hex()})
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What opens the chunks of one envelope: a receiver may hand it to its own processes."""
+
+    route: Route
+    table: bytes = field(repr=False)
+    content: bytes = field(repr=False)
+
+    def opener(self) -> Opener:
+        """A fresh one."""
+        return Opener(self.route, self.table, self.content)
+
+
 def open_envelope(
     envelope: Envelope,
     table: bytes,
@@ -293,6 +330,19 @@ def open_envelope(
     roster: Roster,
     largest: int,
 ) -> Opener:
+    """Like `unwrap_envelope`, and ready to open chunks."""
+    return unwrap_envelope(envelope, table, route, receiver, key, roster, largest).opener()
+
+
+def unwrap_envelope(
+    envelope: Envelope,
+    table: bytes,
+    route: Route,
+    receiver: str,
+    key: X25519PrivateKey,
+    roster: Roster,
+    largest: int,
+) -> Opening:
     """Check everything but the chunks themselves, and unwrap the content key.
 
     Args:
@@ -330,7 +380,7 @@ def open_envelope(
         raise ForeignKeyError(f"{sender}: sealed for another key than {receiver}'s of this round") from None
     if digest(COMMITMENT, content) != bytes.fromhex(envelope.commitment):
         raise TamperError(f"{sender}: the content key is not the one that the header commits to")
-    return Opener(route, table, content)
+    return Opening(route, table, content)
 
 
 class Opener:
@@ -455,7 +505,7 @@ def _check_table(envelope: Envelope, table: bytes, largest: int) -> None:
 
 def _content_key(route: Route, secret: bytes) -> bytes:
     assert len(secret) == KEY_BYTES
-    return hkdf(secret, route.plan, CONTENT, *route.fields)
+    return hkdf(secret, route.plan, CONTENT, *route.content)
 
 
 def _ephemeral_key(route: Route, secret: bytes) -> X25519PrivateKey:

@@ -68,6 +68,11 @@ class Member(_Record):
     role: Role
     key: KeyHex
 
+    @classmethod
+    def of(cls, identity: Identity, role: Role) -> Member:
+        """The line of an identity."""
+        return cls(name=identity.name, role=role, key=identity.public.hex())
+
     @property
     def public(self) -> bytes:
         return bytes.fromhex(self.key)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from xcloud.codecs import CodecConfig
 from xcloud.data import SourceConfig, TokenizerConfig
@@ -53,13 +54,15 @@ class WorkerSpec:
 class Offer:
     """One rank's encoded chunks, and the squared norm of its part of the update.
 
-    `sealed` is what is signed of each chunk, where they are masked.
+    `sealed` is what is signed of each chunk, where they are masked; `rows` what stands of each in the table of the
+    envelope, where there is one.
     """
 
     bundle: Bundle
     norm_squared: float
     seconds: float
     sealed: tuple[Sealed, ...] = ()
+    rows: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

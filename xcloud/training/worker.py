@@ -40,11 +40,14 @@ import xxhash
 
 from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
-from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError, RegionError
+from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError, RegionError, SecurityError
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile, PrivacyTerms, RankInfo, RestoreOrder, RoundPlan, RoundSum
-from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
+from xcloud.parts import BlobStore, Bundle, Bytes, PartReader, PartWriter
+from xcloud.secure.envelope import Opening, Sealing
 from xcloud.secure.masks import Masker
+from xcloud.secure.primitives import TAG_BYTES
+from xcloud.secure.sealed_parts import ChunkSealer, SealedReader, reader_of
 from xcloud.secure.tags import Sealed
 from xcloud.training.chunks import OwnedChunks, to_numpy
 from xcloud.training.correction import COMMON, OWN, Correction
@@ -73,6 +76,14 @@ class Landing:
 
     arrived: Future[tuple[RoundSum, Gradient, bool]] = field(default_factory=Future)
     landed: Future[Landed] = field(default_factory=Future)
+
+
+class _Road:
+    """What is done to an update's encoded chunks on their way out, and what is noted of them."""
+
+    def __init__(self, masker: Masker | None, sealing: Sealing | None) -> None:
+        self.masker, self.sealer = masker, ChunkSealer(sealing)
+        self.signed: list[Sealed] = []
 
 
 class RankWorker:
@@ -113,7 +124,7 @@ class RankWorker:
         framing = Framing(spec.job, spec.seed, spec.members, spec.region, typical)
         codecs = spec.codec.build(), spec.downlink.build()
         self.path = UpdatePath(*codecs, framing, self.manifest.layout, self.chunks.ids)
-        self.writer = PartWriter(self.blobs.put, self.chunks.lengths)
+        self.writer = PartWriter(self.blobs.put, self.chunks.lengths, extra=TAG_BYTES)
         self.outer = spec.outer.build()
         self.anchor = self.chunks.empty()
         self.chunks.gather(lambda name: named[name].data.reshape(-1), self.anchor)
@@ -148,10 +159,15 @@ class RankWorker:
         return self.store.describe(), self.store.fingerprint, len(self.store.train), self.manifest, terms
 
     def work(
-        self, plan: RoundPlan, start: int, share: float | None, masker: Masker | None = None
+        self,
+        plan: RoundPlan,
+        start: int,
+        share: float | None,
+        masker: Masker | None = None,
+        sealing: Sealing | None = None,
     ) -> tuple[Trained, Offer]:
         """A whole local round: `train`, then `offer`."""
-        return self.train(plan, start), self.offer(plan, share, masker)
+        return self.train(plan, start), self.offer(plan, share, masker, sealing)
 
     def train(self, plan: RoundPlan, start: int) -> Trained:
         """Run the round's inner steps.
@@ -201,7 +217,13 @@ class RankWorker:
             landing_s=landing_s,
         )
 
-    def offer(self, plan: RoundPlan, share: float | None, masker: Masker | None = None) -> Offer:
+    def offer(
+        self,
+        plan: RoundPlan,
+        share: float | None,
+        masker: Masker | None = None,
+        sealing: Sealing | None = None,
+    ) -> Offer:
         """This rank's own chunks of anchor - local, those of the round's fragment.
 
         Args:
@@ -209,12 +231,13 @@ class RankWorker:
             share: of the weight, for `UpdatePath.encode`; None leaves the update in fp32, for merging pools
                 inside the region.
             masker: hides what is encoded; None sends it as it is.
+            sealing: of the envelope that the chunks go into; None: there is none.
 
         Raises:
             NonFiniteUpdateError: names the parameter that holds NaN or Inf.
         """
         began, norm_squared = time.perf_counter(), 0.0
-        sealed: list[Sealed] = []
+        road = _Road(masker, sealing)
         delta, chunks = self.anchor[:0], self._merged_in(plan)
         for index, spec in enumerate(self.manifest.parameters):
             if not self.chunks.within(index, chunks):
@@ -239,56 +262,74 @@ class RankWorker:
                     if share is None:
                         self.writer.add(seg.chunk, delta.view(np.uint8))
                     else:
-                        self._send(plan, seg.chunk, delta, share, masker, sealed)
-        return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began, tuple(sealed))
+                        self._send(plan, seg.chunk, delta, share, road)
+        return self._offered(road, norm_squared, began)
 
-    def encode(self, plan: RoundPlan, merged: Bundle, share: float, masker: Masker | None = None) -> Offer:
+    def encode(
+        self,
+        plan: RoundPlan,
+        merged: Bundle,
+        share: float,
+        masker: Masker | None = None,
+        sealing: Sealing | None = None,
+    ) -> Offer:
         """Encode this rank's own chunks of the mean of the region's pools (fp32)."""
         began, norm_squared, reader = time.perf_counter(), 0.0, PartReader(self.blobs.get, merged)
-        sealed: list[Sealed] = []
+        road = _Road(masker, sealing)
         for chunk in self.chunks.ids:
             if chunk not in self._merged_in(plan):
                 continue
             delta = self.writer.slot(self.manifest.chunk_length(chunk))
             delta[:] = reader.read(chunk).view(np.float32)
             norm_squared += float(np.dot(delta, delta))
-            self._send(plan, chunk, delta, share, masker, sealed)
-        return Offer(self.writer.finish(), norm_squared, time.perf_counter() - began, tuple(sealed))
+            self._send(plan, chunk, delta, share, road)
+        return self._offered(road, norm_squared, began)
 
-    def _send(
+    def _send(self, plan: RoundPlan, chunk: int, delta: Array, share: float, road: _Road) -> None:
+        encoded = self.path.encode(plan.round, chunk, delta, share)
+        if road.masker is not None:
+            road.signed.append(self.path.mask(plan.round, chunk, encoded, road.masker))
+        self.writer.add(chunk, road.sealer.sealed(chunk, encoded))
+
+    def _offered(self, road: _Road, norm_squared: float, began: float) -> Offer:
+        seconds = time.perf_counter() - began
+        return Offer(self.writer.finish(), norm_squared, seconds, tuple(road.signed), road.sealer.rows)
+
+    def remask(
         self,
         plan: RoundPlan,
-        chunk: int,
-        delta: Array,
-        share: float,
-        masker: Masker | None,
-        sealed: list[Sealed],
-    ) -> None:
-        encoded = self.path.encode(plan.round, chunk, delta, share)
-        if masker is not None:
-            sealed.append(self.path.mask(plan.round, chunk, encoded, masker))
-        self.writer.add(chunk, encoded)
-
-    def remask(self, plan: RoundPlan, sent: Bundle, old: Masker, new: Masker) -> Offer:
-        """The same encodings of this rank's own chunks, under the keys of another sync."""
-        began, reader = time.perf_counter(), PartReader(self.blobs.get, sent)
-        sealed: list[Sealed] = []
+        sent: Bundle,
+        old: Masker,
+        new: Masker,
+        opening: Opening | None = None,
+        sealing: Sealing | None = None,
+    ) -> Offer:
+        """The same encodings of this rank's own chunks, under the keys of another sync, in another envelope."""
+        began, reader = time.perf_counter(), reader_of(PartReader(self.blobs.get, sent), opening)
+        road = _Road(new, sealing)
         for chunk in self.chunks.ids:
             if chunk in self._merged_in(plan):
                 encoded = reader.read(chunk).copy()
                 self.path.unmask(plan.round, chunk, encoded, old)
-                sealed.append(self.path.mask(plan.round, chunk, encoded, new))
-                self.writer.add(chunk, encoded)
-        return Offer(self.writer.finish(), 0.0, time.perf_counter() - began, tuple(sealed))
+                road.signed.append(self.path.mask(plan.round, chunk, encoded, new))
+                self.writer.add(chunk, road.sealer.sealed(chunk, encoded))
+        return self._offered(road, 0.0, began)
 
-    def check(self, total: RoundSum, merged: Bundle, tag: bytes) -> list[Sealed]:
+    def check(
+        self, total: RoundSum, merged: Bundle, tag: bytes, openings: Sequence[Opening] = ()
+    ) -> list[Sealed]:
         """What is to be confirmed of this rank's own chunks of a merged update, as they were received."""
-        reader = PartReader(self.blobs.get, merged)
+        read = self._reading(merged, openings)
         mine = [chunk for chunk in self.chunks.ids if chunk in total.chunks]
-        return [self.path.check(total.round, chunk, reader.read(chunk), tag) for chunk in mine]
+        return [self.path.check(total.round, chunk, read(chunk), tag) for chunk in mine]
 
     def apply(
-        self, total: RoundSum, merged: Bundle, evaluate: bool = False, hashes: Sequence[bytes] = ()
+        self,
+        total: RoundSum,
+        merged: Bundle,
+        evaluate: bool = False,
+        hashes: Sequence[bytes] = (),
+        openings: Sequence[Opening] = (),
     ) -> Landed:
         """Take up a merged update now, between two rounds.
 
@@ -297,17 +338,49 @@ class RankWorker:
             merged: its chunks; those of other ranks are not fetched.
             evaluate: the new model, too.
             hashes: SHA-256 that each chunk of the merged update must have, where the regions have signed it.
+            openings: of the envelopes that its chunks lie in; none: they travel as they are.
 
         Raises:
             RegionError: a chunk is not what was signed.
         """
-        return self._land(total, self._opened(total, merged, hashes), evaluate)
+        return self._land(total, self._opened(total, merged, hashes, openings), evaluate)
 
-    def _opened(self, total: RoundSum, merged: Bundle, hashes: Sequence[bytes]) -> Gradient:
+    def _reading(self, merged: Bundle, openings: Sequence[Opening]) -> Callable[[int], Bytes]:
+        """Reads chunks of a merged update, each valid until the next.
+
+        Raises:
+            RegionError: a chunk does not open. The reading does, not this call.
+        """
         reader = PartReader(self.blobs.get, merged)
+        if not openings:
+            return reader.read
+        envelopes: dict[int, SealedReader] = {}
+        for opening in openings:
+            envelopes |= dict.fromkeys(opening.route.chunks, SealedReader(reader, opening))
+
+        def read(chunk: int) -> Bytes:
+            try:
+                return envelopes[chunk].read(chunk)
+            except SecurityError as error:
+                raise RegionError(self.spec.region, f"the merged update: {error}") from None
+
+        return read
+
+    def _opened(
+        self,
+        total: RoundSum,
+        merged: Bundle,
+        hashes: Sequence[bytes],
+        openings: Sequence[Opening] = (),
+        keep: bool = False,
+    ) -> Gradient:
+        """Each chunk of the merged update; valid until the next, unless it is to be kept."""
+        read = self._reading(merged, openings)
 
         def opened(chunk: int) -> Array:
-            data = reader.read(chunk)
+            data = read(chunk)
+            if keep and openings:
+                data = data.copy()
             if hashes and hashlib.sha256(data).digest() != hashes[chunk - total.chunks.start]:
                 raise RegionError(
                     self.spec.region, f"chunk {chunk} of the sum is not what the regions have signed"
@@ -317,7 +390,12 @@ class RankWorker:
         return opened
 
     def deliver(
-        self, total: RoundSum, merged: Bundle, evaluate: bool = False, hashes: Sequence[bytes] = ()
+        self,
+        total: RoundSum,
+        merged: Bundle,
+        evaluate: bool = False,
+        hashes: Sequence[bytes] = (),
+        openings: Sequence[Opening] = (),
     ) -> Landed:
         """Hand a merged update to the round that is under way, from another thread; see `apply`.
 
@@ -325,7 +403,7 @@ class RankWorker:
         """
         landing = self._landing(total.round)
         try:
-            opened = self._opened(total, merged, hashes)
+            opened = self._opened(total, merged, hashes, openings, keep=True)
             ready = {chunk: opened(chunk) for chunk in self.chunks.ids if chunk in total.chunks}
         except BaseException as error:
             landing.arrived.set_exception(error)  # the round waits for it
