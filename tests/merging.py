@@ -74,7 +74,8 @@ class LocalCrew:
     def folder(self, who: Any) -> Folder:
         """The folder of a share or a cloud."""
         if who not in self.folders:
-            self.folders[who] = Folder(self.job, self.store, who if isinstance(who, str) else None)
+            cloud, share = (who, 0) if isinstance(who, str) else (None, who)
+            self.folders[who] = Folder(self.job, self.store, cloud, share)
         return self.folders[who]
 
     def ask(self, method: str, calls: Mapping[Any, tuple[Any, ...]]) -> dict[Any, Any]:

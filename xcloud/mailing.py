@@ -114,17 +114,17 @@ class Mailing:
         )
         asked = self.crew.ask("receiver", {who: (order.to_wire(),) for who in (*root, *clouds)})
         folders = {who: Posted.from_wire(answer, "aggregator") for who, answer in asked.items()}
+        pinned = self.job.envelope is not None and self.job.envelope.keys is not None
         members = [_member(posted, "aggregator") for posted in folders.values()]
         order = order.model_copy(
             update={
                 "rounds": (plan.round,),
                 "receivers": tuple(key for posted in folders.values() for key in posted.keys),
-                "introduced": tuple(members),
+                "introduced": () if pinned else tuple(members),
             }
         )
         posted = self._regions(plan, order, rounds)
         members += [_member(one, "region") for one in posted.values()]
-        pinned = self.job.envelope is not None and self.job.envelope.keys is not None
         return Arranged(
             attempt=plan.attempt,
             manifest=plan.manifest_digest,

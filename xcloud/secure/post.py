@@ -33,7 +33,7 @@ from xcloud.secure.envelope import (
 from xcloud.secure.identity import Identity, Member, PublicKey, Role, Roster
 from xcloud.secure.keyring import Keyring
 from xcloud.secure.messages import SecureMessage
-from xcloud.secure.primitives import digest
+from xcloud.secure.primitives import digest, exchange
 
 __all__ = [
     "EnvelopeConfig",
@@ -176,6 +176,8 @@ class Post:
         """
         roster, route = self._trusted(introduced), replace(sealing.route, attempt=attempt)
         fitting = [key for key in receivers if key.round == route.round]
+        if role == "region":  # one whose key is bad keeps the sum from itself alone
+            fitting = [key for key in fitting if _is_good(key, roster, route)]
         for key in fitting:
             roster.member(key.name, role)
         if not fitting:
@@ -224,6 +226,14 @@ class Post:
         if not introduced:
             raise SecurityError(f"{self.identity.name}: nobody was introduced, and no roster is pinned")
         return Roster.of(introduced)
+
+
+def _is_good(key: ReceiverKey, roster: Roster, route: Route) -> bool:
+    try:
+        exchange(X25519PrivateKey.generate(), key.check(roster, route.job, route.round), key.name)
+    except SecurityError:
+        return False
+    return True
 
 
 def round_hash(job: str, round: int, manifest: str) -> bytes:
