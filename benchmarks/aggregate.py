@@ -39,6 +39,7 @@ name: aggregate
 rounds: 1
 model: {{config: {{model_type: llama}}}}
 codec: {codec}
+envelope: null  # the fold alone; what sealing costs is in `secure_round`
 regions: [{regions}]
 """
 CODECS = {

@@ -69,6 +69,7 @@ inner: {{steps: 0}}
 outer: {{type: sgd, lr: 1.0}}
 evaluation: {{sequences: 0}}
 checkpoint: {{every: 0}}
+envelope: null  # plain Ray and Flower seal nothing; what sealing costs is in `secure_round`
 """
 
 

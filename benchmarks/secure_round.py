@@ -1,8 +1,8 @@
 """A whole job with secure aggregation on, beside the same job in the clear: round time, and the loss it ends with.
 
-Three regions with real engines on this machine. Jobs in the clear and masked ones alternate, each in a process of its own,
-with the same seed, data and codec. `time_ratio` is the masked rounds' median wall time over that of the rounds in the clear,
-the first round of each job left out (it loads code); `loss_difference` is the largest over rounds of |masked held-out loss -
+Three regions with real engines on this machine. Jobs in the clear (no masks, no envelopes), jobs in envelopes, and masked
+ones, which travel in envelopes too, alternate, each in a process of its own, with the same seed, data and codec. `time_ratio` is the masked rounds' median wall time over that of the rounds in the clear,
+the first round of each job left out (it loads code), `envelope_ratio` that of the rounds in envelopes; `loss_difference` is the largest over rounds of |masked held-out loss -
 loss in the clear|.
 """
 
@@ -39,15 +39,15 @@ evaluation: {{sequences: 12}}
 checkpoint: {{every: 0}}
 {secure}
 """
-SECURE = "secure_aggregation: {colluders: 0}"
+KINDS = {"clear": "envelope: null", "envelope": "", "masked": "secure_aggregation: {colluders: 0}"}
 
 
 def run(options: Options) -> Result:
-    """Turns of a job in the clear and of a masked one."""
+    """Turns of a job in the clear, of one in envelopes and of a masked one."""
     rounds, steps, turns = (4, 4, 1) if options.quick else (8, 8, 3)
-    played: dict[str, list[list[RoundRow]]] = {"clear": [], "masked": []}
+    played: dict[str, list[list[RoundRow]]] = {kind: [] for kind in KINDS}
     for _ in range(turns):
-        for name, secure in (("clear", ""), ("masked", SECURE)):
+        for name, secure in KINDS.items():
             text = JOB.format(seed=options.seed, rounds=rounds, steps=steps, secure=secure)
             played[name].append(play(text))
     walls = {
@@ -60,10 +60,14 @@ def run(options: Options) -> Result:
     return Result(
         metrics={
             "time_ratio": statistics.median(walls["masked"]) / statistics.median(walls["clear"]),
+            "envelope_ratio": statistics.median(walls["envelope"]) / statistics.median(walls["clear"]),
             "loss_difference": max(differences),
             "clear_round_s": statistics.median(walls["clear"]),
             "masked_round_s": statistics.median(walls["masked"]),
             "clear_sync_s": statistics.median(row.sync_s for rows in played["clear"] for row in rows[1:]),
+            "envelope_sync_s": statistics.median(
+                row.sync_s for rows in played["envelope"] for row in rows[1:]
+            ),
             "masked_sync_s": statistics.median(row.sync_s for rows in played["masked"] for row in rows[1:]),
             "bytes_up": sent.bytes_up,
         },

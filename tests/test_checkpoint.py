@@ -17,9 +17,10 @@ import safetensors.numpy
 import xcloud.checkpoint
 from tests.strategies import Array
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState, chunk_files
-from xcloud.errors import CheckpointError
+from xcloud.errors import CheckpointError, TamperError
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile
+from xcloud.secure.vault import Vault
 
 LAYOUT = Manifest.of([("weight", (40, 25)), ("bias", (13,))], 100)
 CHUNKS = range(LAYOUT.chunk_count)
@@ -83,6 +84,23 @@ def read(
             assert sorted(values) == list(owned)
             parts.setdefault(name, []).extend(values[c] for c in owned)
     return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def test_a_sealed_file_opens_with_its_vault_alone_and_may_be_carried_on(tmp_path: Path) -> None:
+    store, vault = CheckpointStore(tmp_path), Vault("us", [b"k" * 32], strict=True)
+    tensors = {"moments": by_chunk(flat("moments", 3), range(3))}
+    files = store.write_tensors(3, "regions/us/", range(3), tensors, {"step": 4.0}, vault)
+    store.carry(3, 5, files)
+    parts = chunk_files(files, "regions/us/")
+    found, scalars = store.read_tensors(5, parts, range(3), vault, sealed_in=3)
+    assert scalars == {"step": 4.0}
+    assert all(np.array_equal(found["moments"][c], values) for c, values in tensors["moments"].items())
+    with pytest.raises(TamperError, match="does not open with the key of region 'us'"):
+        store.read_tensors(5, parts, range(3), vault)  # put in the place of what was saved in round 5
+    with pytest.raises(CheckpointError, match="sealed with its region's key"):
+        store.read_tensors(3, parts, range(3))
+    raw = (tmp_path / "round-000003" / files[0].path).read_bytes()
+    assert tensors["moments"][0][:8].tobytes() not in raw
 
 
 def record(round: int, model: Iterable[CheckpointFile], **regions: RegionState) -> CommitRecord:

@@ -20,7 +20,7 @@ from xcloud.config import JobConfig
 from xcloud.errors import MessageError, PolicyError, RegionError, SecurityError
 from xcloud.manifest import ChunkLayout
 from xcloud.masking import MaskedAggregation
-from xcloud.messages import RoundPlan, RoundSum
+from xcloud.messages import RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import Bundle, PartWriter
 from xcloud.region import Region
 from xcloud.secure.local import make_keys, open_driver, open_guard
@@ -428,6 +428,45 @@ def region_of(world: World, name: str) -> Region:
     return region
 
 
+def endorsed(world: World, model: str, names: Sequence[str], number: int = 1) -> dict[str, str]:
+    return {name: world.guards[name].endorse(number, model).hex() for name in names}
+
+
+def test_a_model_is_gone_on_from_if_enough_regions_have_endorsed_it(world: World) -> None:
+    total, _ = world.play(updates_of(world))
+    for name in world.names:
+        region_of(world, name)._accept(total)
+    model, guard, everybody = "d" * 64, world.guards["r0"], world.names
+    guard.check_model("m", 1, model, endorsed(world, model, everybody))
+    guard.check_model("m", 1, model, endorsed(world, model, everybody[1:4]))
+    lies: list[tuple[Any, ...]] = [
+        ("m", 1, model, {}),
+        ("m", 1, model, endorsed(world, model, everybody[:2])),
+        ("m", 1, "e" * 64, endorsed(world, model, everybody)),
+        ("m", 2, model, endorsed(world, model, everybody)),
+        ("other", 1, model, endorsed(world, model, everybody)),
+        ("m", 1, model, endorsed(world, model, everybody) | {"driver": "00" * 64}),
+        ("m", 1, model, endorsed(world, model, everybody) | {"r1": "00" * 64}),
+        ("m", 1, model, endorsed(world, model, everybody) | {"r1": "nonsense"}),
+    ]
+    for lie in lies:
+        with pytest.raises(SecurityError, match=r"round [12]|xcloud/model/v1"):
+            guard.check_model(*lie)
+
+
+def test_no_region_endorses_a_model_of_a_sum_that_it_has_not_accepted(world: World) -> None:
+    world.play(updates_of(world))
+    with pytest.raises(SecurityError, match="round 1: no sum was accepted"):
+        world.guards["r0"].endorse(1, "d" * 64)
+
+
+def test_a_driver_cannot_restore_a_model_of_its_own(world: World) -> None:
+    order = RestoreOrder(round=1, inner_round=None, cursor=0, model_digest="d" * 64, files=())
+    region = region_of(world, "r0")
+    with pytest.raises(SecurityError, match="0 regions have endorsed it, expected at least 3"):
+        region.restore(order, "memory://nowhere")
+
+
 def plan_of(world: World, **changes: Any) -> RoundPlan:
     return world.plan().model_copy(update={"inner_steps": world.job.inner.steps} | changes)
 
@@ -578,7 +617,7 @@ def test_rounds_that_are_never_merged_are_forgotten(world: World) -> None:
 def test_a_rank_takes_no_chunk_that_was_not_signed(world: World) -> None:
     total, handles = world.play(updates_of(world))
     worker = importlib.import_module("xcloud.training.worker")  # torch takes its time
-    rank = worker.RankWorker(SimpleNamespace(region="r0"), world.store)
+    rank = worker.RankWorker(SimpleNamespace(region="r0", hashed=True), world.store)
     rank.path = world.path("r0")
     merged, hashes = (
         Bundle(total.parts, total.chunk_bytes, tuple(handles)),

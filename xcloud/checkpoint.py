@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from xcloud.errors import CheckpointError
 from xcloud.messages import CheckpointFile
 from xcloud.privacy import PrivacyLedger
+from xcloud.secure.vault import Vault, is_sealed
 
 __all__ = ["CheckpointStore", "ChunkFile", "CommitRecord", "RegionState", "chunk_files"]
 
@@ -60,7 +61,8 @@ class RegionState(BaseModel):
 
 
 class CommitRecord(BaseModel):
-    """`commit.json`: everything needed to go on from a round. `norms` are of the last merged updates, where the job has guards."""
+    """`commit.json`: everything needed to go on from a round. `norms` are of the last merged updates, where the job has guards;
+    `endorsements` the regions' signatures on the model, where their updates are masked."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -76,6 +78,7 @@ class CommitRecord(BaseModel):
     eval_loss_start: float | None
     eval_loss: float | None
     norms: tuple[float, ...] = ()
+    endorsements: dict[str, str] = {}
     privacy: PrivacyLedger | None = None
 
 
@@ -124,6 +127,7 @@ class CheckpointStore:
         chunks: range,
         tensors: Mapping[str, Mapping[int, Array]],
         scalars: dict[str, Any],
+        vault: Vault | None = None,
     ) -> list[CheckpointFile]:
         """Write per-chunk tensors of the given chunk ids.
 
@@ -133,6 +137,7 @@ class CheckpointStore:
             chunks: ids held by the writer.
             tensors: for each name, fp32 vectors by chunk id.
             scalars: small JSON-safe values kept in every file's header.
+            vault: seals the files for their owner, bound to this round and their path; None: they lie open.
 
         Returns:
             The files written, with length and digest.
@@ -149,17 +154,32 @@ class CheckpointStore:
                 metadata={"scalars": json.dumps(scalars)},
             )
             path = f"{prefix}chunks-{ids[0]:06d}-{ids[-1]:06d}.safetensors"
+            if vault is not None:
+                data = vault.seal(data, round, path)
             written.append(self._write(round, path, data))
         return written
 
     def read_tensors(
-        self, round: int, files: Iterable[ChunkFile], chunks: range
+        self,
+        round: int,
+        files: Iterable[ChunkFile],
+        chunks: range,
+        vault: Vault | None = None,
+        sealed_in: int | None = None,
     ) -> tuple[dict[str, dict[int, Array]], dict[str, Any]]:
         """Per-chunk tensors and scalars of the given chunk ids.
+
+        Args:
+            round: of the checkpoint.
+            files: that hold them.
+            chunks: ids that are wanted.
+            vault: opens the files.
+            sealed_in: the round in which they were written, if they were carried on into this checkpoint.
 
         Raises:
             CheckpointError: a file is missing or damaged, or a chunk is in none of them
                 (but no files at all hold nothing).
+            TamperError: a file is not what its owner has sealed.
         """
         tensors: dict[str, dict[int, Array]] = {}
         scalars: dict[str, Any] = {}
@@ -172,6 +192,14 @@ class CheckpointStore:
                 continue
             path = posixpath.join(self.folder(round), part.file.path)
             data = self._read(round, part.file)
+            if vault is not None:
+                at = round if sealed_in is None else sealed_in
+                data = vault.open(data, path, at, part.file.path)
+            elif is_sealed(data):
+                raise CheckpointError(
+                    f"{path}: sealed with its region's key, and this job names no keys; expected "
+                    "envelope.keys or secure_aggregation as when it was saved"
+                )
             try:
                 loaded = safetensors.numpy.load(data)
                 header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

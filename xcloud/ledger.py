@@ -90,6 +90,7 @@ class Ledger:
         self.norms: list[float] = []
         self.losses: dict[str, float] = {}
         self.rejected = 0
+        self.endorsements: dict[str, str] = {}
         self.privacy: PrivacyLedger | None = None
         self.terms: dict[str, PrivacyTerms] = {}
 
@@ -215,6 +216,7 @@ class Ledger:
             cursor=self.cursors[name],
             model_digest=self.model_digest,
             files=(*self.saved.model_files, *(state.files if state else ())),
+            endorsements=self.saved.endorsements,
         )
 
     def suspicion(self, number: int, applied: Mapping[str, Applied]) -> str | None:
@@ -261,6 +263,7 @@ class Ledger:
                 f"round {plan.round}: the regions hold different models after the outer step ({held})"
             )
         self.round, self.model_digest = plan.round, next(iter(digests.values()))
+        self.endorsements = {name: a.endorsement for name, a in applied.items() if a.endorsement}
         self.losses |= {name: answer.eval_loss for name, answer in applied.items() if answer.eval_tokens}
         norm = next(iter(applied.values())).norm
         if self.job.guards and norm is not None:
@@ -353,6 +356,7 @@ class Ledger:
             eval_loss_start=self.eval_start,
             eval_loss=self.eval_loss,
             norms=tuple(self.norms),
+            endorsements=self.endorsements,
             privacy=self.privacy,
         )
         self.store.commit(record)

@@ -20,8 +20,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-__all__ = ["ChunkLayout", "Manifest", "ParameterSpec", "Segment"]
+import xxhash
+
+__all__ = ["ChunkLayout", "Manifest", "ParameterSpec", "Segment", "model_hasher"]
+
+
+def model_hasher(signed: bool) -> Any:
+    """What a model's chunks, and then their digests, are hashed with: SHA-256 where regions sign for a model, since
+    whoever may choose it could else make two with one digest; xxh3-128 where digests only guard against faults."""
+    return hashlib.sha256() if signed else xxhash.xxh3_128()
 
 
 @dataclass(frozen=True)

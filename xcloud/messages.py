@@ -304,7 +304,8 @@ class Applied(Message):
 
     `pools` is filled after the first round since the start, when the optimizers hold their state.
     `bytes_down` is what the region has fetched for it, and for the merges before it that it had missed.
-    `norm` is the merged update's L2 norm, where the job has guards that want it.
+    `norm` is the merged update's L2 norm, where the job has guards that want it. `endorsement`, where updates are masked,
+    is the region's signature: this model came of a sum that the regions have signed.
     """
 
     region: str
@@ -314,6 +315,7 @@ class Applied(Message):
     eval_tokens: int
     bytes_down: int = 0
     norm: float | None = None
+    endorsement: str = ""
     apply_s: float
     eval_s: float
     pools: tuple[tuple[RankInfo, ...], ...] = ()
@@ -346,7 +348,7 @@ class RestoreOrder(Message):
     """Load a committed round.
 
     `inner_round` is the round whose inner optimizer state to load (None: start it fresh);
-    it may be older than `round` for a region that comes back after a failure.
+    it may be older than `round` for a region that comes back after a failure. `endorsements` are those of `Applied`, by region.
     """
 
     round: int = Field(ge=0)
@@ -354,6 +356,7 @@ class RestoreOrder(Message):
     cursor: int
     model_digest: str
     files: tuple[CheckpointFile, ...]
+    endorsements: dict[str, str] = Field(default_factory=dict)
 
 
 def json_safe(message: Message) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import xxhash
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -37,6 +36,7 @@ from xcloud.errors import (
     SecurityError,
     TruncatedError,
 )
+from xcloud.manifest import model_hasher
 from xcloud.messages import (
     Applied,
     PoolReport,
@@ -55,10 +55,11 @@ from xcloud.quiet import quiet_environment
 from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
 from xcloud.secure.guard import SCALE, Guard
 from xcloud.secure.identity import Member
-from xcloud.secure.local import open_guard
+from xcloud.secure.local import open_guard, open_vault
 from xcloud.secure.masks import Masker
 from xcloud.secure.messages import SyncPlan
 from xcloud.secure.post import Letter, Post, PostOrder, largest, round_hash
+from xcloud.secure.vault import Vault
 from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import gather
@@ -164,6 +165,7 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         cache_dir=job.data.cache_dir or str(Path.home() / ".cache" / "xcloud" / "data"),
         eval_sequences=job.evaluation.sequences,
         guarded=job.guards is not None,
+        hashed=job.secure_aggregation is not None,
     )
 
 
@@ -222,6 +224,7 @@ class Region:
         self.pending: Pending | None = None
         self.guard: Guard | None = None
         self.post: Post | None = None
+        self.vault: Vault | None = None
         self._introduced: tuple[Member, ...] = ()
         self._shown = False
         self._progress_sink = progress
@@ -243,6 +246,7 @@ class Region:
         if secure is not None:  # not in the constructor: an actor that dies there cannot say why
             shares = {region.name: share_of(self.job, region.name) for region in self.job.regions}
             self.guard = open_guard(secure, self.name, shares, self.job.ring_bits, self._check)
+        self.vault = open_vault(self.job.name, self.name, secure, self.job.envelope)
         for index, pool in enumerate(self.settings.pools):
             group = place_pool(group_name(self.tag, index), pool, self.enforce_labels)
             ranks = [self._spawn(group, index, pool, rank) for rank in range(pool.workers)]
@@ -480,6 +484,12 @@ class Region:
             )
         return result.hashes
 
+    def _endorsement(self, total: RoundSum) -> str:
+        """A signature on the model that came of a sum which the regions have signed; none where they sign none."""
+        if self.guard is None or not total.regions:
+            return ""
+        return self.guard.endorse(total.round, self.model_digest).hex()
+
     def secure(self, stage: str, number: int, asked: bytes) -> bytes:
         """Answer one stage of the sync of round `number`; see `secure.guard.Guard`, and `_posted`."""
         if stage == "post":
@@ -575,6 +585,7 @@ class Region:
             eval_tokens=tokens,
             bytes_down=total.bytes_down,
             norm=math.sqrt(sum(rank.norm_squared for rank in landed[0])) if self.job.guards else None,
+            endorsement=self._endorsement(total),
             apply_s=time.perf_counter() - began - eval_s,
             eval_s=eval_s,
             pools=self._infos() if show else (),
@@ -602,7 +613,7 @@ class Region:
         """Write this region's state of a committed round; the donor also writes the model."""
         references = []
         for index, pool in enumerate(self.pools):
-            references += pool.ask("save", url, order.round, order.donor and index == 0)
+            references += pool.ask("save", url, order.round, order.donor and index == 0, self.vault)
         files = [file for written in gather(references) for file in written]
         return Saved(region=self.name, round=order.round, files=tuple(files))
 
@@ -612,8 +623,12 @@ class Region:
         Raises:
             DivergenceError: what was loaded is not the model that was committed.
             CheckpointError: the checkpoint is damaged or does not fit.
+            SecurityError: updates are masked, and too few regions have endorsed the model: a driver that could choose what
+                regions train from could choose what their updates say.
         """
-        gather([reference for pool in self.pools for reference in pool.ask("restore", url, order)])
+        if self.guard is not None:
+            self.guard.check_model(self.job.name, order.round, order.model_digest, order.endorsements)
+        gather([ref for pool in self.pools for ref in pool.ask("restore", url, order, self.vault)])
         self._agree(gather([reference for pool in self.pools for reference in pool.ask("digests")]))
         if self.model_digest != order.model_digest:
             raise DivergenceError(
@@ -673,7 +688,9 @@ class Region:
                     raise DivergenceError(
                         f"region {self.name!r}: its pools hold different values in chunk {chunk}"
                     )
-        self.model_digest = xxhash.xxh3_128_hexdigest("".join(seen[c] for c in sorted(seen)).encode())
+        whole = model_hasher(self.job.secure_aggregation is not None)
+        whole.update("".join(seen[c] for c in sorted(seen)).encode())
+        self.model_digest = whole.hexdigest()
 
     def note_progress(self, pool: int, step: int, tokens: int, loss: float) -> None:
         """A rank says how far it is."""

@@ -28,6 +28,7 @@ JOB: dict[str, Any] = {
     "codec": "topk",
     "downlink": "bf16",
     "hierarchy": "cloud",
+    "envelope": None,  # `tests/test_mailing.py` and whole jobs have them
 }
 
 

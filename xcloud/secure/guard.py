@@ -35,10 +35,11 @@ class Guard:
     Args:
         member: of the protocol.
         shares: of the weight, of every region: public, since the job decides them. The region's own goes into the masked lane.
+        least: regions that must have endorsed a model before this one goes on from it.
     """
 
-    def __init__(self, member: Member, shares: Mapping[str, float]) -> None:
-        self._member = member
+    def __init__(self, member: Member, shares: Mapping[str, float], least: int = 1) -> None:
+        self._member, self._least = member, least
         self._weights = {region: round(share * SCALE) for region, share in shares.items()}
         self._name = member.identity.name
         self._syncs: dict[int, Sync] = {}
@@ -116,6 +117,30 @@ class Guard:
         with self._lock:
             self._sync(number).accept(found.result, found.quorum)
         return found.result
+
+    def endorse(self, number: int, model: str) -> bytes:
+        """Signature on the model that came of the sum of a round.
+
+        Raises:
+            SecurityError: no sum of that round was let through.
+        """
+        with self._lock:
+            sync = self._sync(number)
+            if not sync.accepted:
+                raise SecurityError(f"round {number}: no sum was accepted, so no model of it is endorsed")
+            return self._member.endorse(sync.plan.job, number, model)
+
+    def check_model(self, job: str, number: int, model: str, endorsements: Mapping[str, str]) -> None:
+        """Refuse to go on from a model that too few regions have endorsed.
+
+        Raises:
+            SecurityError: see `Member.check_model`.
+        """
+        try:
+            signatures = {name: bytes.fromhex(signature) for name, signature in endorsements.items()}
+        except ValueError:
+            raise SecurityError(f"model of round {number}: an endorsement that is no signature") from None
+        self._member.check_model(job, number, model, signatures, self._weights, self._least)
 
     def _sync(self, number: int) -> Sync:
         if number not in self._syncs:

@@ -27,7 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from xcloud.errors import ForeignKeyError, KeyFileError, SecurityError
 from xcloud.secure.files import explain, parse_json, read_file, write_file
 from xcloud.secure.primitives import Field as Signed
-from xcloud.secure.primitives import digest, public_of, sign, verify
+from xcloud.secure.primitives import digest, hkdf, public_of, sign, verify
 
 __all__ = ["NAME", "Identity", "Member", "PublicKey", "Role", "Roster", "fingerprint"]
 
@@ -164,15 +164,19 @@ class Identity:
             raise KeyFileError(f"{origin}: a key of another kind ({type(key).__name__}); expected Ed25519")
         return cls(name, key)
 
+    def derive(self, label: str, *fields: Signed) -> bytes:
+        """32 bytes that only who has this key can make, for the one purpose that label and fields name (HKDF)."""
+        return hkdf(self._key.private_bytes_raw(), b"", label, self.name, *fields)
+
     @classmethod
-    def load(cls, path: Path) -> Identity:
-        """From `NAME.key`, a file that only its owner can read.
+    def load(cls, path: Path, name: str | None = None) -> Identity:
+        """From `NAME.key`, a file that only its owner can read; `name` where the file is called otherwise.
 
         Raises:
             KeyFileError: also if others can read it; says what to run.
         """
         return cls.parse(
-            path.name.removesuffix(".key"), read_file(path, KeyFileError, private=True), str(path)
+            name or path.name.removesuffix(".key"), read_file(path, KeyFileError, private=True), str(path)
         )
 
     def save(self, path: Path, replace: bool = False) -> None:

@@ -87,6 +87,15 @@ class Keyring:
             raise KeyFileError(f"{self.folder}: no key of {name!r} here; {hint}")
         return Identity.load(self.key_file(name))
 
+    def load_all(self, name: str) -> list[Identity]:
+        """The identity of `name`, and those that it had before, newest first.
+
+        Raises:
+            KeyFileError: there is none, or a file of them cannot be used.
+        """
+        older = sorted(self.folder.glob(f"{name}.key.old-*"), reverse=True)
+        return [self.load(name), *(Identity.load(path, name) for path in older)]
+
     def public(self, name: str) -> PublicKey:
         """The public key of `name`. A public file that is missing is written anew from the private key.
 

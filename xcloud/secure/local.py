@@ -14,9 +14,11 @@ from xcloud.secure.keyring import Keyring, default_folder
 from xcloud.secure.member import Member
 from xcloud.secure.messages import SyncPlan
 from xcloud.secure.policy import PlanFacts, Policy
+from xcloud.secure.post import EnvelopeConfig
 from xcloud.secure.settings import SecureConfig
+from xcloud.secure.vault import Vault
 
-__all__ = ["DRIVER", "make_keys", "open_driver", "open_guard"]
+__all__ = ["DRIVER", "make_keys", "open_driver", "open_guard", "open_vault"]
 
 DRIVER = "driver"
 ROSTER = "roster.json"
@@ -87,7 +89,23 @@ def open_guard(
             # After the first round `check` has compared the model with the one that the region holds.
             policy.check(_facts(plan, ring_bits), own_model=plan.model if plan.round > 1 else None)
 
-    return Guard(Member(identity, roster, Journal(folder / f"{name}.journal", name, WAIT_S), allowed), shares)
+    journal = Journal(folder / f"{name}.journal", name, WAIT_S)
+    return Guard(Member(identity, roster, journal, allowed), shares, config.survivors)
+
+
+def open_vault(
+    job: str, name: str, masked: SecureConfig | None, sealed: EnvelopeConfig | None
+) -> Vault | None:
+    """What seals a region's checkpoints: its identity does, where it has one that outlives the process.
+
+    Raises:
+        SecurityError: names the file that is missing or wrong.
+    """
+    if masked is not None:
+        return Vault.of(Keyring(_folder(masked)).load_all(name), job, strict=True)
+    if sealed is not None and sealed.keys is not None:
+        return Vault.of(Keyring(Path(sealed.keys).expanduser()).load_all(name), job, strict=False)
+    return None
 
 
 def _check(config: SecureConfig, plan: SyncPlan) -> None:

@@ -18,7 +18,7 @@ the roster, which is pinned and never taken from a message.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,6 +70,7 @@ SHARE = "xcloud/share/v1"
 UPLOAD = "xcloud/upload/v1"
 AGREE = "xcloud/agree/v1"
 CONFIRM = "xcloud/confirm/v1"
+MODEL = "xcloud/model/v1"
 
 
 class Signer(Protocol):
@@ -147,6 +148,35 @@ class Member:
     ) -> None:
         self.identity, self.roster, self.memory = identity, roster, memory
         self._check, self._driver = check, driver
+
+    def endorse(self, job: str, round: int, model: str) -> bytes:
+        """A signature: this model is what a sum that the regions have signed made of the one before."""
+        return self.identity.sign(MODEL, job, round, model)
+
+    def check_model(
+        self,
+        job: str,
+        round: int,
+        model: str,
+        endorsements: Mapping[str, bytes],
+        allowed: Collection[str],
+        least: int,
+    ) -> None:
+        """Refuse a model that too few regions have endorsed.
+
+        Raises:
+            SecurityError: also for a bad signature, or one of somebody else.
+        """
+        for name, signature in endorsements.items():
+            if name not in allowed:
+                raise SecurityError(
+                    f"model of round {round}: endorsed by {name!r}, which is no region of this job"
+                )
+            self.roster.verify(name, signature, MODEL, job, round, model)
+        if len(endorsements) < least:
+            raise SecurityError(
+                f"model of round {round}: {len(endorsements)} regions have endorsed it, expected at least {least}"
+            )
 
     def open(self, signed: SignedPlan) -> Sync:
         """Take up a plan.
@@ -395,6 +425,11 @@ class Sync:
         """
         self._count(quorum, result.names, CONFIRM, *self._context(), result.packed())
         self._once("accept")
+
+    @property
+    def accepted(self) -> bool:
+        """Whether its sum was let through."""
+        return "accept" in self._done
 
     # -- parts ----------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from xcloud.checkpoint import CheckpointStore, ChunkFile
 from xcloud.manifest import Manifest
 from xcloud.messages import CheckpointFile
+from xcloud.secure.vault import Vault
 
 __all__ = ["OwnedChunks", "to_numpy"]
 
@@ -109,20 +110,28 @@ class OwnedChunks:
         prefix: str,
         tensors: Mapping[str, Mapping[int, Array]],
         scalars: dict[str, Any],
+        vault: Vault | None = None,
     ) -> list[CheckpointFile]:
         """Write the owned chunks into a checkpoint, a run of consecutive ones at a time."""
         return [
-            file for run in self._runs for file in store.write_tensors(round, prefix, run, tensors, scalars)
+            file
+            for run in self._runs
+            for file in store.write_tensors(round, prefix, run, tensors, scalars, vault)
         ]
 
     def read(
-        self, store: CheckpointStore, round: int, files: Sequence[ChunkFile]
+        self,
+        store: CheckpointStore,
+        round: int,
+        files: Sequence[ChunkFile],
+        vault: Vault | None = None,
+        sealed_in: int | None = None,
     ) -> tuple[dict[str, dict[int, Array]], dict[str, Any]]:
         """Tensors of the owned chunks, and scalars, from a checkpoint."""
         tensors: dict[str, dict[int, Array]] = {}
         scalars: dict[str, Any] = {}
         for run in self._runs:
-            found, told = store.read_tensors(round, files, run)
+            found, told = store.read_tensors(round, files, run, vault, sealed_in)
             for name, parts in found.items():
                 tensors.setdefault(name, {}).update(parts)
             scalars |= told

@@ -48,6 +48,7 @@ class WorkerSpec:
     cache_dir: str
     eval_sequences: int
     guarded: bool
+    hashed: bool
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ import xxhash
 from xcloud.checkpoint import CheckpointStore, chunk_files
 from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
 from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError, RegionError, SecurityError
-from xcloud.manifest import Manifest
+from xcloud.manifest import Manifest, model_hasher
 from xcloud.messages import CheckpointFile, PrivacyTerms, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, Bytes, PartReader, PartWriter
 from xcloud.secure.envelope import Opening, Sealing
@@ -49,6 +49,7 @@ from xcloud.secure.masks import Masker
 from xcloud.secure.primitives import TAG_BYTES
 from xcloud.secure.sealed_parts import ChunkSealer, SealedReader, reader_of
 from xcloud.secure.tags import Sealed
+from xcloud.secure.vault import Vault
 from xcloud.training.chunks import OwnedChunks, to_numpy
 from xcloud.training.correction import COMMON, OWN, Correction
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
@@ -101,6 +102,7 @@ class RankWorker:
         self.progress = progress
         self.node = node or socket.gethostname()
         self._landings: dict[int, Landing] = {}
+        self._hasher = partial(model_hasher, spec.hashed)
         self._lock = threading.Lock()
 
     def start(self, address: str, port: int) -> RankInfo:
@@ -433,7 +435,7 @@ class RankWorker:
             self.spec.world == 1,
             self._write_mixed if self.spec.streaming.mix else self.parameters.write,
         )
-        hasher, norm_squared = xxhash.xxh3_128(), 0.0
+        hasher, norm_squared = self._hasher(), 0.0
         merged = self.anchor[:0]
         sync = (total.round - 1) // self.spec.streaming.fragments + 1
         total_lr, control = self._total_lr(total.round), self._new_control()
@@ -461,7 +463,7 @@ class RankWorker:
                     hasher.update(anchor[at])
                 if seg.chunk_start + seg.length == anchor.size:
                     self._digests[seg.chunk] = hasher.hexdigest()
-                    hasher.reset()
+                    hasher = self._hasher()
             if alone:  # while the parameter is still in cache
                 write(spec.name, torch.from_numpy(self.anchor[spec.offset : spec.offset + spec.size]))
         if not alone:
@@ -494,12 +496,17 @@ class RankWorker:
             self.chunks.spread(local, self.parameters.write)
 
     def digests(self) -> dict[int, str]:
-        """Digest of each owned anchor chunk (xxh3-128 over its fp32 bytes)."""
+        """Digest of each owned anchor chunk (`model_hasher`, over its fp32 bytes)."""
         self._digests = self._digested()
         return dict(self._digests)
 
     def _digested(self) -> dict[int, str]:
-        return {c: xxhash.xxh3_128_hexdigest(self.chunks.of(self.anchor, c)) for c in self.chunks.ids}
+        digests = {}
+        for chunk in self.chunks.ids:
+            hasher = self._hasher()
+            hasher.update(self.chunks.of(self.anchor, chunk))
+            digests[chunk] = hasher.hexdigest()
+        return digests
 
     def discard(self) -> None:
         """Give up the update that was offered; local training too, unless local models go their own way."""
@@ -529,8 +536,8 @@ class RankWorker:
                     tokens += count
         return total, tokens
 
-    def save(self, url: str, round: int, donor: bool) -> list[CheckpointFile]:
-        """Write this rank's chunks: inner optimizer state, and the model too if `donor`."""
+    def save(self, url: str, round: int, donor: bool, vault: Vault | None = None) -> list[CheckpointFile]:
+        """Write this rank's chunks: inner state, sealed if there is a vault, and the model too if `donor`."""
         store = CheckpointStore(url)
         written: list[CheckpointFile] = []
         controls = self.correction is not None and self.correction.controls
@@ -551,14 +558,15 @@ class RankWorker:
             self.chunks.gather(self.parameters.read, local)
             tensors |= self.chunks.by_id({"local": local})
         if tensors or scalars["loss_scale"]:
-            written += self.chunks.write(store, round, self._inner_prefix(), tensors, scalars)
+            written += self.chunks.write(store, round, self._inner_prefix(), tensors, scalars, vault)
         return written
 
-    def restore(self, url: str, order: RestoreOrder) -> None:
+    def restore(self, url: str, order: RestoreOrder, vault: Vault | None = None) -> None:
         """Load a committed round: anchor, outer state and, if it was saved, inner state.
 
         Raises:
             CheckpointError: the checkpoint does not hold what this job needs.
+            TamperError: the inner state is not what this region has sealed.
         """
         store = CheckpointStore(url)
         model, _ = self.chunks.read(store, order.round, chunk_files(order.files, "model/"))
@@ -572,7 +580,7 @@ class RankWorker:
             self.chunks.fill(values, model.get(name, {}))
         self.chunks.spread(self.anchor, self.parameters.write)
         files = chunk_files(order.files, self._inner_prefix())
-        inner, scalars = self.chunks.read(store, order.round, files)
+        inner, scalars = self.chunks.read(store, order.round, files, vault, order.inner_round)
         local = inner.pop("local", {})
         self.path.restore(inner.pop("residual", {}))
         own = inner.pop(OWN, {})
