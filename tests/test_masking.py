@@ -59,7 +59,8 @@ class World:
         self, folder: Path, count: int = 4, layout: Sequence[ChunkLayout] = LAYOUT, **changes: Any
     ) -> None:
         clouds = [f"c{i}" for i in range(count)]
-        secure = SecureConfig(keys=str(folder / "keys"), colluders=0, verify=changes.pop("verify", False))
+        options = {key: changes.pop(key) for key in ("verify", "groups") if key in changes}
+        secure = SecureConfig(keys=str(folder / "keys"), colluders=0, **options)
         codec = changes.pop("codec", {"type": "fixed", "bits": 8})
         raw = {"codec": codec, "secure_aggregation": secure.model_dump(), **changes}
         self.job = job_of(clouds, **raw)

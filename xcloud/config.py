@@ -35,7 +35,7 @@ from xcloud.registry import PartConfig, Registry, nearest
 from xcloud.secure.member import minimum_survivors
 from xcloud.secure.post import EnvelopeConfig, is_reserved
 from xcloud.secure.primitives import digest
-from xcloud.secure.settings import SecureConfig
+from xcloud.secure.settings import LEAST_GROUPS, LEAST_IN_GROUP, SecureConfig
 from xcloud.strict_yaml import StrictDumper, StrictLoader
 from xcloud.training.settings import (
     CORRECTIONS,
@@ -328,6 +328,27 @@ class JobConfig(_Section):
                 "guards.loss looks at the held-out loss of every round; expected evaluation.sequences above 0 and evaluation.every 1"
             )
 
+    def _check_groups(self, secure: SecureConfig) -> None:
+        """What a median over groups needs."""
+        if secure.groups == 1:
+            return
+        if secure.groups < LEAST_GROUPS:
+            raise ValueError(
+                f"secure_aggregation.groups is {secure.groups}, whose median is their mean; expected 1, or "
+                f"{LEAST_GROUPS} or more"
+            )
+        smallest, least = len(self.regions) // secure.groups, max(LEAST_IN_GROUP, secure.survivors)
+        if smallest < least:
+            raise ValueError(
+                f"secure_aggregation.groups is {secure.groups}: of {len(self.regions)} 'regions' a group would hold "
+                f"{smallest}; expected at least {least} in each, so fewer groups or more regions"
+            )
+        if self.streaming.overlap:
+            raise ValueError(
+                "secure_aggregation.groups takes a median of several sums, which streaming.overlap does not deliver; "
+                "leave one of them out"
+            )
+
     def _check_masks(self, codec: Codec) -> None:
         """What secure aggregation cannot be combined with."""
         secure = self.secure_aggregation
@@ -359,6 +380,7 @@ class JobConfig(_Section):
                 f"secure_aggregation needs {secure.survivors} regions in a sum, but 'regions' lists only "
                 f"{len(self.regions)}; expected at least that many (with two, allow_two: true)"
             )
+        self._check_groups(secure)
         if self.failure.quorum is not None and self.failure.quorum < secure.survivors:
             raise ValueError(
                 f"failure.quorum is {self.failure.quorum}, but secure_aggregation opens no sum of fewer than "
@@ -381,7 +403,13 @@ class JobConfig(_Section):
     def update_digest(self) -> str:
         """What makes an update the integers that it is: equal in all regions that are added."""
         return digest(
-            "xcloud/update/v1", self.codec.model_dump_json(), len(self.regions), self.chunk_size
+            "xcloud/update/v2",
+            self.codec.model_dump_json(),
+            len(self.regions),
+            self.chunk_size,
+            self.seed,
+            self.aggregator.model_dump_json(),
+            self.secure_aggregation.groups if self.secure_aggregation is not None else 1,
         ).hex()
 
     @property

@@ -27,7 +27,6 @@ from xcloud.secure.messages import (
     Adverts,
     Delivered,
     Opening,
-    Proof,
     SealedShares,
     SecureMessage,
     SignedPlan,
@@ -37,7 +36,7 @@ from xcloud.secure.messages import (
     Upload,
 )
 from xcloud.secure.server import Server
-from xcloud.secure.settings import SecureConfig
+from xcloud.secure.settings import LEAST_GROUPS, SecureConfig
 from xcloud.transport.blobs import Handle
 from xcloud.transport.calls import later
 
@@ -129,7 +128,7 @@ class MaskedAggregation:
         self._roster, self._roster_hash = roster, roster_hash
         self._start = 0
         self._fleet: Relay | None = None
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, list[_Open]] = {}
 
     def open(self, plan: RoundPlan, fleet: Relay) -> str | None:
         """Like `agree`; returns why there are no keys, or None."""
@@ -146,10 +145,31 @@ class MaskedAggregation:
         Raises:
             SecurityError: too few could.
         """
-        self._fleet, cohort = fleet, sorted(fleet.idle)
+        self._fleet, idle = fleet, sorted(fleet.idle)
         if not self._start:
-            starts = fleet.relay("start", plan.round, dict.fromkeys(cohort, plan.job.encode()))
+            starts = fleet.relay("start", plan.round, dict.fromkeys(idle, plan.job.encode()))
             self._start = 1 + max((_start(told) for told in starts.values()), default=0)
+        names = [region.name for region in self.job.regions]
+        syncs, reasons = [], []
+        for group in self.config.dealt(names, plan.job, plan.round):
+            try:
+                syncs.append(self._keys(plan, [name for name in group if name in idle]))
+            except SecurityError as error:
+                reasons.append(str(error))
+        if len(syncs) < self._least:
+            raise SecurityError("; ".join(reasons))
+        # As the regions do: the syncs of skipped rounds are never merged.
+        self._open = {n: held for n, held in self._open.items() if n > plan.round - KEPT}
+        self._open[plan.round] = syncs
+
+    @property
+    def _least(self) -> int:
+        """Groups without which nothing is applied."""
+        return 1 if self.config.groups == 1 else LEAST_GROUPS
+
+    def _keys(self, plan: RoundPlan, cohort: Sequence[str]) -> _Open:
+        """Have the regions of one sync agree on its keys."""
+        assert self._fleet is not None, "set before anything is asked"
         signed = self._signed(plan, cohort)
         server = Server(signed, self._roster)
         adverts = server.adverts(self._ask("open", plan, dict.fromkeys(cohort, signed), Advert))
@@ -158,10 +178,8 @@ class MaskedAggregation:
         shares = server.shares(self._ask("share", plan, dict.fromkeys(first, whole), SealedShares))
         second = [message.name for message in shares]
         boxes = {name: Delivered(shares=tuple(server.for_one(name, shares))) for name in second}
-        received = fleet.relay("receive", plan.round, {name: box.to_wire() for name, box in boxes.items()})
-        # As the regions do: the syncs of skipped rounds are never merged.
-        self._open = {n: sync for n, sync in self._open.items() if n > plan.round - KEPT}
-        self._open[plan.round] = _Open(server, tuple(received))
+        asked = {name: box.to_wire() for name, box in boxes.items()}
+        return _Open(server, tuple(self._fleet.relay("receive", plan.round, asked)))
 
     def merge(
         self,
@@ -188,24 +206,42 @@ class MaskedAggregation:
         layout: Sequence[ChunkLayout],
         offers: Mapping[str, tuple[RegionReport, Sequence[Handle]]],
     ) -> tuple[RoundSum, list[Handle]]:
-        assert self._fleet is not None, "keys come first"
-        sync = self._open[plan.round]
-        server = sync.server
-        try:
-            uploads = self._uploads(plan, offers, sync)
-            total, handles = self._add(plan, layout, offers, server, uploads)
-            names = server.survivors.names
-            if sync.opened is None or sync.opened[0] != server.survivors:
-                sync.opened = server.survivors, self._opening(plan, server)
-            opening = sync.opened[1]
-            total, handles, hashes = self._aggregation.unmask(layout, total, handles, opening)
-            result = server.result(hashes, opening)
-            confirmed = self._fleet.confirm(total, handles, result.to_wire(), names)
-            proof = Proof(result=result, quorum=server.confirmed(result, confirmed))
-        except SecurityError as error:
+        merged, reasons = [], []
+        for sync in self._open[plan.round]:
+            try:
+                merged.append(self._merge_one(plan, layout, offers, sync))
+            except SecurityError as error:
+                reasons.append(error)
+        if len(merged) < self._least:
             # The round is tried again with new keys, unless its sum was opened already.
-            raise RegionError("the cohort", str(error)) from error
+            raise RegionError("the cohort", "; ".join(map(str, reasons))) from reasons[0]
         del self._open[plan.round]
+        if self.config.groups == 1:
+            return merged[0]
+        names = [region.name for region in self.job.regions]
+        whole = RoundSum.of_groups([total for total, _ in merged], names)
+        return whole, [handle for _, handles in merged for handle in handles]
+
+    def _merge_one(
+        self,
+        plan: RoundPlan,
+        layout: Sequence[ChunkLayout],
+        offers: Mapping[str, tuple[RegionReport, Sequence[Handle]]],
+        sync: _Open,
+    ) -> tuple[RoundSum, list[Handle]]:
+        """The sum of one sync."""
+        assert self._fleet is not None, "keys come first"
+        server = sync.server
+        uploads = self._uploads(plan, offers, sync)
+        total, handles = self._add(plan, layout, offers, server, uploads)
+        names = server.survivors.names
+        if sync.opened is None or sync.opened[0] != server.survivors:
+            sync.opened = server.survivors, self._opening(plan, server)
+        opening = sync.opened[1]
+        total, handles, hashes = self._aggregation.unmask(layout, total, handles, opening)
+        result = server.result(hashes, opening)
+        confirmed = self._fleet.confirm(total, handles, result.to_wire(), names)
+        proof = server.proof(result, server.confirmed(result, confirmed), alone=self.config.groups == 1)
         changes = {"proof": proof.to_wire().decode(), "total_share": result.weight / SCALE}
         return total.model_copy(update=changes), handles
 

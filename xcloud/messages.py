@@ -7,6 +7,7 @@ region that shares the hub's Ray cluster and one that dials in speak the same la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -254,7 +255,8 @@ class RoundSum(Message):
     nothing: the round was given up while the next was under way. `egress_up` counts the bytes that crossed between clouds on the way up (None: all of them
     did); `near` names the clouds that have a copy of the merged update for all their regions. `proof`, where updates were
     masked, is what the regions have signed of it (`secure.messages.Proof`). `letters` are the headers of the envelopes that
-    the chunks are in, one for each aggregation actor, where they are in envelopes (`secure.post.Letter`).
+    the chunks are in, one for each aggregation actor, where they are in envelopes (`secure.post.Letter`). `groups` are the
+    sums of groups of regions, whose median is applied; this is then what they have in common, and all buffers travel beside it.
     """
 
     round: int
@@ -293,6 +295,34 @@ class RoundSum(Message):
     near: tuple[str, ...] = ()
     proof: str = ""
     letters: tuple[str, ...] = ()
+    groups: tuple[RoundSum, ...] = ()
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[RoundSum], order: Sequence[str]) -> RoundSum:
+        """The sums of several groups of regions, whose median is to be applied.
+
+        Args:
+            groups: in any order; their buffers follow one another in this order.
+            order: of the job's regions.
+        """
+        first = groups[0]
+        weights = {r: w for group in groups for r, w in zip(group.regions, group.weights, strict=True)}
+        names = tuple(name for name in order if name in weights)
+        return first.model_copy(
+            update={
+                "regions": names,
+                "weights": tuple(weights[name] for name in names),
+                "chunk_bytes": tuple(
+                    sum(sizes) for sizes in zip(*(g.chunk_bytes for g in groups), strict=True)
+                ),
+                "total_share": sum(group.total_share for group in groups),
+                "egress_up": sum(group.egress_up or 0 for group in groups),
+                "fold_s": sum(group.fold_s for group in groups),
+                "proof": "",
+                "letters": (),
+                "groups": tuple(groups),
+            }
+        )
 
     @property
     def bytes_down(self) -> int:

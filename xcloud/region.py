@@ -57,10 +57,11 @@ from xcloud.secure.guard import SCALE, Guard
 from xcloud.secure.identity import Member
 from xcloud.secure.local import open_guard, open_vault
 from xcloud.secure.masks import Masker
-from xcloud.secure.messages import SyncPlan
+from xcloud.secure.messages import Result, SyncPlan
 from xcloud.secure.post import Letter, Post, PostOrder, largest, round_hash
+from xcloud.secure.settings import LEAST_GROUPS
 from xcloud.secure.vault import Vault
-from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
+from xcloud.training.spec import Beside, Landed, Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import gather
 from xcloud.update import adds_up
@@ -470,7 +471,11 @@ class Region:
             if total.parts or total.chunk_bytes:
                 raise SecurityError(f"round {total.round}: a sum of no region that changes something")
             return ()
-        result = self.guard.accept(total.round, total.proof.encode())
+        return self._as_signed(total, self.guard.accept(total.round, total.proof.encode()))
+
+    def _as_signed(self, total: RoundSum, result: Result) -> tuple[bytes, ...]:
+        """Refuse a header that is not of what the regions have signed; returns the SHA-256 of the chunks."""
+        assert self.guard is not None, "asked in masked runs only"
         told = (total.summed, tuple(sorted(total.regions)), total.total_share, len(total.chunk_bytes))
         signed = (True, result.names, result.weight / SCALE, len(result.hashes))
         first = self.guard.plan(total.round).chunks[0]
@@ -554,17 +559,17 @@ class Region:
         """
         began = time.perf_counter()
         try:
-            openings = self._openings(total)
-            hashes = self._accept(total)
+            sums = self._sums(total, handles)
         except (SecurityError, MessageError) as error:
             raise RegionError(self.name, str(error)) from None
-        merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
+        own, beside = sums[0], sums if total.groups else []
+        road = (own.hashes, own.openings)
         evaluate = evaluate and self.job.evaluation.sequences > 0
         idle = total.lands_in is None
         asked = [
-            pool.ask("apply", total, merged, evaluate and index == 0, hashes, openings)
+            pool.ask("apply", total, own.merged, evaluate and index == 0, *road, beside)
             if idle
-            else pool.tell("deliver", total, merged, evaluate and index == 0, hashes, openings)
+            else pool.tell("deliver", total, own.merged, evaluate and index == 0, *road)
             for index, pool in enumerate(self.pools)
         ]
         gather([reference for references in asked for reference in references])
@@ -590,6 +595,39 @@ class Region:
             eval_s=eval_s,
             pools=self._infos() if show else (),
         )
+
+    def _sums(self, total: RoundSum, handles: Sequence[Handle]) -> list[Beside]:
+        """The sum of this region's group first, then those of the others; all of them are what was signed.
+
+        Raises:
+            SecurityError, MessageError: one is not, or too few groups have one.
+        """
+        parts, at = [], 0
+        for one in total.groups or (total,):
+            own = tuple(handles[at : at + len(one.parts)])
+            parts.append((one, Bundle(one.parts, one.chunk_bytes, own)))
+            at += len(one.parts)
+        mine = [part for part in parts if self.name in part[0].regions] if total.groups else parts
+        if len(mine) != 1:
+            raise SecurityError(
+                f"round {total.round}: the sum of the group of {self.name!r} came {len(mine)} times, expected once"
+            )
+        others = [part for part in parts if part is not mine[0]]
+        hashes = [self._accept(mine[0][0])]
+        if self.guard is not None and total.regions:
+            secure = self.job.secure_aggregation
+            assert secure is not None
+            least = 1 if secure.groups == 1 else LEAST_GROUPS
+            if not least <= len(parts) <= secure.groups:
+                raise SecurityError(
+                    f"round {total.round}: sums of {len(parts)} groups, expected {least} to {secure.groups}"
+                )
+            results = self.guard.accept_beside(total.round, [one.proof for one, _ in others])
+            hashes += [self._as_signed(one, result) for (one, _), result in zip(others, results, strict=True)]
+        return [
+            Beside(one, bundle, signed, self._openings(one))
+            for (one, bundle), signed in zip([*mine, *others], hashes, strict=True)
+        ]
 
     def _merged(self, total: RoundSum) -> None:
         """The update that waited is over, unless it may still count in a later merge."""

@@ -103,11 +103,7 @@ class Guard:
             TamperError: its weight is not that of the regions in it, whose update it would make larger or smaller.
         """
         said, hashes = Result.from_wire(result, "aggregator"), [chunk.hash for chunk in chunks]
-        whole = sum(self._weights.get(region, 0) for region in said.names)
-        if said.weight != whole:
-            raise TamperError(
-                f"round {number}: the sum's weight is {said.weight / SCALE:g}, expected {whole / SCALE:g}"
-            )
+        self._check_weight(number, said)
         with self._lock:
             return self._sync(number).confirm(said, hashes, add_tags(chunks))
 
@@ -117,6 +113,33 @@ class Guard:
         with self._lock:
             self._sync(number).accept(found.result, found.quorum)
         return found.result
+
+    def accept_beside(self, number: int, proofs: Sequence[str]) -> list[Result]:
+        """Let the sums of the other groups of a round be applied beside this region's own; no region is in two.
+
+        Raises:
+            SecurityError: see `Sync.check_beside`.
+        """
+        found, seen = [], set[str]()
+        with self._lock:
+            sync = self._sync(number)
+            for wire in proofs:
+                proof = Proof.from_wire(wire.encode(), "aggregator")
+                cohort = sync.check_beside(proof)
+                if seen & set(cohort):
+                    raise SecurityError(f"round {number}: two groups hold {sorted(seen & set(cohort))[0]!r}")
+                seen |= set(cohort)
+                self._check_weight(number, proof.result)
+                found.append(proof.result)
+        return found
+
+    def _check_weight(self, number: int, said: Result) -> None:
+        """Refuse a sum whose weight is not that of the regions in it."""
+        whole = sum(self._weights.get(region, 0) for region in said.names)
+        if said.weight != whole:
+            raise TamperError(
+                f"round {number}: the sum's weight is {said.weight / SCALE:g}, expected {whole / SCALE:g}"
+            )
 
     def endorse(self, number: int, model: str) -> bytes:
         """Signature on the model that came of the sum of a round.

@@ -29,6 +29,7 @@ from xcloud.secure.masks import LANE_CHUNK, LANES, Masker
 from xcloud.secure.messages import (
     PLAN,
     Advert,
+    Proof,
     Quorum,
     Result,
     SealedShares,
@@ -147,7 +148,7 @@ class Member:
         driver: str = "driver",
     ) -> None:
         self.identity, self.roster, self.memory = identity, roster, memory
-        self._check, self._driver = check, driver
+        self._check, self.driver = check, driver
 
     def endorse(self, job: str, round: int, model: str) -> bytes:
         """A signature: this model is what a sum that the regions have signed made of the one before."""
@@ -185,11 +186,21 @@ class Member:
             MessageError: it is no plan.
             SecurityError: it is not by the driver, was taken up before, leaves this region out, or breaks its policy.
         """
-        self.roster.verify(self._driver, signed.signature, PLAN, signed.plan)
-        plan = SyncPlan.from_wire(signed.plan, self._driver)
-        who = f"plan of round {plan.round}"
+        self.roster.verify(self.driver, signed.signature, PLAN, signed.plan)
+        plan = SyncPlan.from_wire(signed.plan, self.driver)
         if self.identity.name not in plan.cohort:
-            raise SecurityError(f"{who}: its cohort leaves {self.identity.name!r} out")
+            raise SecurityError(f"plan of round {plan.round}: its cohort leaves {self.identity.name!r} out")
+        self.check_rules(plan)
+        self.memory.accept(plan.job, plan.start, plan.round, plan.attempt)
+        return Sync(self, plan, signed.hash)
+
+    def check_rules(self, plan: SyncPlan) -> None:
+        """Refuse a plan whose numbers protect nobody, or that breaks this region's policy.
+
+        Raises:
+            SecurityError: says which.
+        """
+        who = f"plan of round {plan.round}"
         if not 2 * plan.threshold > len(plan.cohort) >= plan.threshold:
             raise SecurityError(
                 f"{who}: threshold {plan.threshold} of {len(plan.cohort)}, expected more than half of them: "
@@ -198,8 +209,6 @@ class Member:
         if plan.minimum > len(plan.cohort):
             raise SecurityError(f"{who}: it asks for {plan.minimum} survivors of {len(plan.cohort)} regions")
         self._check(plan)
-        self.memory.accept(plan.job, plan.start, plan.round, plan.attempt)
-        return Sync(self, plan, signed.hash)
 
 
 class Sync:
@@ -426,6 +435,35 @@ class Sync:
         self._count(quorum, result.names, CONFIRM, *self._context(), result.packed())
         self._once("accept")
 
+    def check_beside(self, proof: Proof) -> tuple[str, ...]:
+        """Check the sum of another group of the same round; returns its cohort.
+
+        Raises:
+            SecurityError: it is not of a sync like this one but for its regions, or too few of them have signed it.
+        """
+        signed = proof.plan
+        if signed is None:
+            raise SecurityError(f"round {self.plan.round}: another group's sum came without its plan")
+        self._me.roster.verify(self._me.driver, signed.signature, PLAN, signed.plan)
+        plan = SyncPlan.from_wire(signed.plan, self._me.driver)
+        own = self.plan.model_copy(
+            update={"cohort": plan.cohort, "threshold": plan.threshold, "minimum": plan.minimum}
+        )
+        if plan != own or set(plan.cohort) & set(self.plan.cohort):
+            raise SecurityError(
+                f"round {self.plan.round}: another group's sum is not of this round, or of the same regions"
+            )
+        self._me.check_rules(plan)
+        names = proof.result.names
+        if len(names) < max(plan.threshold, plan.minimum) or not set(names) <= set(plan.cohort):
+            raise SecurityError(
+                f"round {self.plan.round}: another group's sum is of {len(names)} regions of {len(plan.cohort)}, "
+                f"expected at least {max(plan.threshold, plan.minimum)}"
+            )
+        context = signed.hash, proof.first, proof.second
+        self._count(proof.quorum, names, CONFIRM, *context, proof.result.packed(), least=plan.threshold)
+        return plan.cohort
+
     @property
     def accepted(self) -> bool:
         """Whether its sum was let through."""
@@ -438,16 +476,22 @@ class Sync:
             raise SecurityError(f"{self.name!r} was asked for {stage!r} a second time in one sync")
         self._done.add(stage)
 
-    def _count(self, quorum: Quorum, allowed: Sequence[str], label: str, *fields: bytes) -> None:
-        """Refuse fewer than `threshold` good signatures of `allowed` regions, or a bad one."""
+    def _count(
+        self,
+        quorum: Quorum,
+        allowed: Sequence[str],
+        label: str,
+        *fields: bytes,
+        least: int | None = None,
+    ) -> None:
+        """Refuse fewer than `least` (the plan's threshold) good signatures of `allowed` regions, or a bad one."""
+        least = self.plan.threshold if least is None else least
         for name, signature in quorum.signatures.items():
             if name not in allowed:
                 raise SecurityError(f"a signature of {name!r}, which is not among {sorted(allowed)}")
             self._me.roster.verify(name, signature, label, *fields)
-        if len(quorum.signatures) < self.plan.threshold:
-            raise SecurityError(
-                f"{len(quorum.signatures)} regions signed {label}, expected at least {self.plan.threshold}"
-            )
+        if len(quorum.signatures) < least:
+            raise SecurityError(f"{len(quorum.signatures)} regions signed {label}, expected at least {least}")
 
     def _context(self) -> tuple[bytes, bytes, bytes]:
         return self.hash, self.first, self.second

@@ -230,7 +230,13 @@ class Result(SecureMessage):
 
 
 class Proof(SecureMessage):
-    """The sum, and enough signatures on it."""
+    """The sum, and enough signatures on it.
+
+    `plan`, `first` and `second` are those of its sync, for regions that are in another group's.
+    """
 
     result: Result
     quorum: Quorum
+    plan: SignedPlan | None = None
+    first: Annotated[bytes, Field(max_length=KEY_BYTES)] = b""
+    second: Annotated[bytes, Field(max_length=KEY_BYTES)] = b""

@@ -28,6 +28,7 @@ from xcloud.secure.member import (
 )
 from xcloud.secure.messages import (
     Advert,
+    Proof,
     Quorum,
     Result,
     SealedShares,
@@ -132,6 +133,13 @@ class Server:
             names=tuple(self._uploads), roots=tuple(upload.root for upload in self._uploads.values())
         )
         return self.survivors
+
+    def proof(self, result: Result, quorum: Quorum, alone: bool) -> Proof:
+        """The sum as regions take it; `alone`: no other sync sums other regions of the round."""
+        if alone:
+            return Proof(result=result, quorum=quorum)
+        _, first, second = self._context
+        return Proof(result=result, quorum=quorum, plan=self.signed, first=first, second=second)
 
     def check_chunk(self, name: str, index: int, found: bytes) -> None:
         """Refuse a chunk whose SHA-256 is not what its region signed; `index` counts from the first chunk of the plan.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from xcloud.secure.member import minimum_survivors, threshold
+from xcloud.secure.primitives import digest
 
-__all__ = ["SecureConfig"]
+__all__ = ["LEAST_GROUPS", "LEAST_IN_GROUP", "SecureConfig"]
+
+LEAST_GROUPS = 3
+"""Fewer have no median that leaves one out."""
+LEAST_IN_GROUP = 4
+"""Regions of a group, so that its sum still hides them when one is away."""
 
 
 class SecureConfig(BaseModel):
@@ -21,6 +28,8 @@ class SecureConfig(BaseModel):
         minimum: fewest regions whose sum may be opened; null: 3, or colluders + 2 if that is more.
         verify: regions check the sum itself by tags, and not only that all have the same one.
         allow_two: let two regions merge, though each then learns the other's update from the sum.
+        groups: regions are dealt into so many groups, anew in every round; each has a sum of its own, and what is applied is
+            the median of the groups' means, coordinate by coordinate (arXiv 2110.02940). 1: one sum, and its mean.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,11 +39,22 @@ class SecureConfig(BaseModel):
     minimum: Annotated[int, Field(ge=2)] | None = None
     verify: bool = False
     allow_two: bool = False
+    groups: Annotated[int, Field(ge=1)] = 1
 
     @property
     def survivors(self) -> int:
         """Fewest regions whose sum is opened."""
         return self.minimum or minimum_survivors(self.colluders, self.allow_two)
+
+    def dealt(self, names: Sequence[str], job: str, round: int) -> list[list[str]]:
+        """The groups of a round: of equal size but for one, by a hash that nobody chooses; a retry has the same.
+
+        Args:
+            names: of all regions of the job, so that nobody's absence moves another into a group of its own.
+            job: its name; `round`: of the merge.
+        """
+        order = sorted(names, key=lambda name: digest("xcloud/groups/v1", job, round, name))
+        return [sorted(order[group :: self.groups]) for group in range(self.groups)]
 
     def threshold(self, cohort: int) -> int:
         """Regions without which nothing is opened."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from xcloud.codecs import CodecConfig
 from xcloud.data import SourceConfig, TokenizerConfig
+from xcloud.messages import RoundSum
 from xcloud.outer import OuterConfig
 from xcloud.parts import Bundle
 from xcloud.policies import StreamingConfig
 from xcloud.privacy import DPConfig
+from xcloud.secure.envelope import Opening
 from xcloud.secure.tags import Sealed
 from xcloud.training.settings import EngineConfig, InnerConfig, ModelConfig
 
@@ -64,6 +66,16 @@ class Offer:
     seconds: float
     sealed: tuple[Sealed, ...] = ()
     rows: Mapping[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One of the sums whose median is taken up; fields as in `RankWorker.apply`."""
+
+    total: RoundSum
+    merged: Bundle
+    hashes: tuple[bytes, ...]
+    openings: tuple[Opening, ...]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ from xcloud.training.models import build_model, trainable
 from xcloud.training.muon import Muon
 from xcloud.training.parameters import open_parameters
 from xcloud.training.private import PrivateSteps, agreed_terms
-from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
+from xcloud.training.spec import Beside, Landed, Offer, Trained, WorkerSpec
 from xcloud.update import Framing, UpdatePath
 
 __all__ = ["RankWorker"]
@@ -332,6 +332,7 @@ class RankWorker:
         evaluate: bool = False,
         hashes: Sequence[bytes] = (),
         openings: Sequence[Opening] = (),
+        beside: Sequence[Beside] = (),
     ) -> Landed:
         """Take up a merged update now, between two rounds.
 
@@ -341,11 +342,39 @@ class RankWorker:
             evaluate: the new model, too.
             hashes: SHA-256 that each chunk of the merged update must have, where the regions have signed it.
             openings: of the envelopes that its chunks lie in; none: they travel as they are.
+            beside: sums of all groups, where there are several: what is taken up is the median of their means.
 
         Raises:
             RegionError: a chunk is not what was signed.
         """
-        return self._land(total, self._opened(total, merged, hashes, openings), evaluate)
+        gradient = self._opened(total, merged, hashes, openings)
+        if beside:
+            gradient = self._median(
+                [self._opened(one.total, one.merged, one.hashes, one.openings) for one in beside]
+            )
+        return self._land(total, gradient, evaluate)
+
+    def _median(self, groups: Sequence[Gradient]) -> Gradient:
+        """Of the groups' means, coordinate by coordinate; of their public scales, too."""
+
+        def median(chunk: int) -> Array:
+            means, scales, before = [], [], self.path.scales.get(chunk)
+            for group in groups:
+                if before is not None:
+                    self.path.scales[chunk] = (
+                        before  # each group's sum was encoded under the scale from before
+                    )
+                means.append(group(chunk).copy())
+                if chunk in self.path.scales:
+                    scales.append(self.path.scales[chunk])
+                if before is None:
+                    self.path.scales.pop(chunk, None)
+            if scales:
+                self.path.scales[chunk] = np.median(scales, axis=0).astype(np.float32)
+            found: Array = np.median(means, axis=0).astype(np.float32)
+            return found
+
+        return median
 
     def _reading(self, merged: Bundle, openings: Sequence[Opening]) -> Callable[[int], Bytes]:
         """Reads chunks of a merged update, each valid until the next.
