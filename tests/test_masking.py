@@ -25,6 +25,7 @@ from xcloud.parts import Bundle, PartWriter
 from xcloud.region import Region
 from xcloud.secure.local import make_keys, open_driver, open_guard
 from xcloud.secure.messages import SyncPlan
+from xcloud.secure.policy import PrivacyFacts
 from xcloud.secure.settings import SecureConfig
 from xcloud.update import Framing, UpdatePath
 
@@ -331,6 +332,28 @@ def test_a_region_of_its_own_policy_stays_out(tmp_path: Path) -> None:
     signed = world.merging._signed(world.plan(number=9), world.names).to_wire()
     with pytest.raises(PolicyError, match="minimum_cohort"):
         world.guards["r3"].answer("open", 9, signed)
+
+
+def test_a_masked_region_stays_out_when_its_privacy_budget_is_spent(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    rules = "version: 1\njobs: any\nmodels: any\nminimum_cohort: 3\n"
+    (tmp_path / "keys" / "r3.policy.yaml").write_text(
+        rules + "privacy:\n  unit: example\n  epsilon: 2.5\n  delta: 1.0e-5\n"
+    )
+    world.guards["r3"]._member.memory.close()  # type: ignore[attr-defined]
+    guard = open_guard(
+        world.config,
+        "r3",
+        dict.fromkeys(world.names, 1.0),
+        world.job.ring_bits,
+        lambda plan: None,
+        lambda number: PrivacyFacts("example", 1.0 * number, 1e-5),
+    )
+    world.merging._start = 1
+    for number in (1, 2):
+        guard.answer("open", number, world.merging._signed(world.plan(number=number), world.names).to_wire())
+    with pytest.raises(PolicyError, match="privacy.epsilon"):
+        guard.answer("open", 3, world.merging._signed(world.plan(number=3), world.names).to_wire())
 
 
 def test_a_region_remembers_over_a_restart(world: World) -> None:

@@ -54,6 +54,7 @@ def train(
             pid=os.getpid(),
             host=socket.gethostname(),
             regions=names,
+            envelope=None if job.envelope is None else job.envelope.keys or "made",
             simulation=True,  # regions that share a Ray cluster are not isolated from one another
             resumed_round=record.round if record else None,
         )

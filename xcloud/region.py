@@ -40,6 +40,7 @@ from xcloud.manifest import model_hasher
 from xcloud.messages import (
     Applied,
     PoolReport,
+    PrivacyTerms,
     Progress,
     RankInfo,
     RegionReady,
@@ -51,13 +52,15 @@ from xcloud.messages import (
     SaveOrder,
 )
 from xcloud.parts import Bundle, PartReader, PartWriter
+from xcloud.privacy.accounting import Mechanism, epsilon_of
 from xcloud.quiet import quiet_environment
 from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
 from xcloud.secure.guard import SCALE, Guard
 from xcloud.secure.identity import Member
-from xcloud.secure.local import open_guard, open_vault
+from xcloud.secure.local import open_guard, open_policy, open_vault
 from xcloud.secure.masks import Masker
 from xcloud.secure.messages import Result, SyncPlan
+from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts
 from xcloud.secure.post import Letter, Post, PostOrder, largest, round_hash
 from xcloud.secure.settings import LEAST_GROUPS
 from xcloud.secure.vault import Vault
@@ -226,6 +229,9 @@ class Region:
         self.guard: Guard | None = None
         self.post: Post | None = None
         self.vault: Vault | None = None
+        self.policy: Policy | None = None
+        self.terms: PrivacyTerms | None = None
+        self._latest = self._repeated = 0
         self._introduced: tuple[Member, ...] = ()
         self._shown = False
         self._progress_sink = progress
@@ -246,7 +252,10 @@ class Region:
         secure = self.job.secure_aggregation
         if secure is not None:  # not in the constructor: an actor that dies there cannot say why
             shares = {region.name: share_of(self.job, region.name) for region in self.job.regions}
-            self.guard = open_guard(secure, self.name, shares, self.job.ring_bits, self._check)
+            self.guard = open_guard(
+                secure, self.name, shares, self.job.ring_bits, self._check, self._privacy_after
+            )
+        self.policy = open_policy(self.name, secure, self.job.envelope)
         self.vault = open_vault(self.job.name, self.name, secure, self.job.envelope)
         for index, pool in enumerate(self.settings.pools):
             group = place_pool(group_name(self.tag, index), pool, self.enforce_labels)
@@ -260,7 +269,9 @@ class Region:
         ]
         gather(started)
         self._agree(gather([reference for pool in self.pools for reference in pool.ask("digests")]))
-        return self._ready(evaluate)
+        ready = self._ready(evaluate)
+        self._allow(1, self.model_digest)
+        return ready
 
     def _spawn(self, group: PlacementGroup, index: int, pool: PoolConfig, rank: int) -> Any:
         spec = worker_spec(self.job, self.name, index, rank)
@@ -299,6 +310,7 @@ class Region:
                 f"region {self.name!r} holds model {self.model_digest[:12]}, "
                 f"round {plan.round} was planned for {plan.model_digest[:12]}"
             )
+        self._allow(plan.round, plan.model_digest)
         again = self.pending is not None and (self.pending.report.round == plan.round or self.job.buffer)
         if not again:
             self.pending = self._train(plan)
@@ -312,7 +324,36 @@ class Region:
         self.pending.report = self.pending.report.model_copy(update={"attempt": plan.attempt})
         return self.pending.report, self.pending.handles
 
+    def _allow(self, number: int, model: str) -> None:
+        """Refuse a round that this region's own policy forbids; of masked rounds the signed plan is checked instead.
+
+        Raises:
+            PolicyError: names the file, the key, what was asked for and what is allowed.
+        """
+        if self.policy is None or self.guard is not None:
+            return
+        facts = PlanFacts(
+            job=self.job.name,
+            round=number,
+            protection="none" if self.job.envelope is None else "envelope",
+            cohort=tuple(region.name for region in self.job.regions),
+            model=model,
+            privacy=self._privacy_after(number),
+        )
+        self.policy.check(facts, own_model=self.model_digest if number > 1 else None)
+
+    def _privacy_after(self, number: int) -> PrivacyFacts | None:
+        """What differential privacy costs this region's data in all rounds up to one, and in those that were trained twice here."""
+        dp, terms = self.job.dp, self.terms
+        if dp is None or terms is None:
+            return None
+        steps = (number + self._repeated) * self.job.inner.steps
+        spent = Mechanism(terms.sampling_probability, terms.noise_multiplier, steps)
+        return PrivacyFacts(unit=terms.unit, epsilon=epsilon_of([spent], dp.delta), delta=dp.delta)
+
     def _train(self, plan: RoundPlan) -> Pending:
+        self._repeated += plan.round <= self._latest
+        self._latest = max(plan.round, self._latest)
         with self._lock:
             self._progress.clear()
             self._round = (plan.round, time.monotonic())
@@ -681,7 +722,7 @@ class Region:
 
     def _ready(self, evaluate: bool) -> RegionReady:
         facts = gather([reference for pool in self.pools for reference in pool.ask("describe")])
-        data, fingerprint, sequences, manifest, privacy = facts[0]
+        data, fingerprint, sequences, manifest, self.terms = facts[0]
         self.manifest_digest, self._chunk_count = manifest.digest, manifest.chunk_count
         if any(other[1] != fingerprint for other in facts):
             raise DataError(
@@ -690,7 +731,7 @@ class Region:
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
         return RegionReady(
             region=self.name,
-            privacy=privacy,
+            privacy=self.terms,
             manifest_digest=manifest.digest,
             model_digest=self.model_digest,
             parameters=manifest.size,

@@ -15,6 +15,7 @@ from tests.e2e.conftest import ROUNDS, Finished
 from tests.e2e.test_equivalence import committed_model
 from xcloud.cli import app
 from xcloud.metrics import read_events, read_rounds
+from xcloud.secure.primitives import TAG_BYTES
 
 
 def test_rows_events_and_tensorboard_agree(finished: Finished) -> None:
@@ -25,7 +26,8 @@ def test_rows_events_and_tensorboard_agree(finished: Finished) -> None:
     parameters = next(
         e.fields["parameters"] for e in read_events(finished.run_dir) if e.kind == "region_ready"
     )
-    assert all(row.bytes_up == row.bytes_down == 2 * 4 * parameters for row in rows)
+    sealed = 4 * parameters + TAG_BYTES * -(-parameters // finished.raw["chunk_size"])
+    assert all(row.bytes_up == row.bytes_down == 2 * sealed for row in rows)
     losses = [row.eval_loss for row in rows]
     assert losses[-1] is not None
     assert finished.record.eval_loss_start is not None

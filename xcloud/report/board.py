@@ -50,7 +50,7 @@ class Board:
         self.attempt = 1
         self.committed = 0
         self.phase = "starting Ray"
-        self.simulation = False
+        self.simulation = self.clear = False
         self.masked = ""
         self.stopping = False
         self.notices: tuple[str, ...] = ()
@@ -119,6 +119,7 @@ class Board:
 
     def _run_started(self, event: Event) -> None:
         self.simulation = bool(event.fields.get("simulation"))
+        self.clear = event.fields.get("envelope", "made") is None
         self.committed = event.fields.get("resumed_round") or 0
         for row in read_rounds(self.run_dir) if self.committed else ():
             self.on_round(row)

@@ -11,6 +11,7 @@ from typing import Any
 from xcloud.metrics import Event, PrivacyRow, RoundRow
 
 __all__ = [
+    "CLEAR",
     "NOTICE_KINDS",
     "SIMULATION",
     "STOPPING",
@@ -27,6 +28,7 @@ __all__ = [
 
 STOPPING = "stopping after this round; press Ctrl-C again to stop now (the last checkpoint stays)"
 SIMULATION = "simulation: all regions share this cluster; nothing isolates them"
+CLEAR = "in the clear: whoever sees the traffic reads every update (envelope: null)"
 
 NOTICE_KINDS = {
     "region_failed",

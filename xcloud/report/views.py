@@ -19,6 +19,7 @@ from xcloud.messages import Progress
 from xcloud.metrics import Event, RoundRow
 from xcloud.report.board import Board, RegionStand
 from xcloud.report.text import (
+    CLEAR,
     SIMULATION,
     STOPPING,
     event_line,
@@ -82,6 +83,8 @@ class LiveView:
         )
         if board.simulation:
             parts.append(Text(SIMULATION, style="yellow"))
+        if board.clear:
+            parts.append(Text(CLEAR, style="yellow"))
         if board.masked:
             parts.append(Text(board.masked, style="green", no_wrap=True, overflow="ellipsis"))
         parts += [self._bar(), self._phase(), Text(""), self._table()]
@@ -190,6 +193,8 @@ class PlainView:
                 self.say([f"resuming after round {event.fields['resumed_round']}"])
             if event.fields.get("simulation"):
                 self.say([SIMULATION])
+            if event.fields.get("envelope", "made") is None:
+                self.say([CLEAR])
         line = event_line(event)
         if line is not None:
             self.say([line])

@@ -13,12 +13,12 @@ from xcloud.secure.journal import Journal
 from xcloud.secure.keyring import Keyring, default_folder
 from xcloud.secure.member import Member
 from xcloud.secure.messages import SyncPlan
-from xcloud.secure.policy import PlanFacts, Policy
+from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts
 from xcloud.secure.post import EnvelopeConfig
 from xcloud.secure.settings import SecureConfig
 from xcloud.secure.vault import Vault
 
-__all__ = ["DRIVER", "make_keys", "open_driver", "open_guard", "open_vault"]
+__all__ = ["DRIVER", "make_keys", "open_driver", "open_guard", "open_policy", "open_vault"]
 
 DRIVER = "driver"
 ROSTER = "roster.json"
@@ -56,6 +56,7 @@ def open_guard(
     shares: Mapping[str, float],
     ring_bits: int,
     check: Callable[[SyncPlan], None],
+    privacy: Callable[[int], PrivacyFacts | None] = lambda _: None,
 ) -> Guard:
     """A region's door; what it must not forget is in `NAME.journal`, and `NAME.policy.yaml`, if it is there, says what it allows
     whatever the job says.
@@ -66,14 +67,14 @@ def open_guard(
         shares: of the weight, of every region of the job.
         ring_bits: of the integers that are added.
         check: raises for a plan that is not for what the region holds.
+        privacy: what differential privacy will have cost after a round.
 
     Raises:
         SecurityError: names the file that is missing or wrong.
     """
     folder = _folder(config)
     identity, roster = Keyring(folder).load(name), _roster(folder)
-    path = folder / f"{name}.policy.yaml"
-    policy = Policy.load(path) if path.exists() else None
+    policy = open_policy(name, config, None)
 
     def allowed(plan: SyncPlan) -> None:
         if plan.roster != roster.hash.hex():
@@ -87,7 +88,8 @@ def open_guard(
         check(plan)
         if policy is not None:
             # After the first round `check` has compared the model with the one that the region holds.
-            policy.check(_facts(plan, ring_bits), own_model=plan.model if plan.round > 1 else None)
+            facts = _facts(plan, ring_bits, privacy(plan.round))
+            policy.check(facts, own_model=plan.model if plan.round > 1 else None)
 
     journal = Journal(folder / f"{name}.journal", name, WAIT_S)
     return Guard(Member(identity, roster, journal, allowed), shares, config.survivors)
@@ -127,7 +129,22 @@ def _check(config: SecureConfig, plan: SyncPlan) -> None:
         )
 
 
-def _facts(plan: SyncPlan, ring_bits: int) -> PlanFacts:
+def open_policy(name: str, masked: SecureConfig | None, sealed: EnvelopeConfig | None) -> Policy | None:
+    """What a region allows whatever a job says: `NAME.policy.yaml` beside its keys, or in the folder where keys are by default.
+
+    Raises:
+        PolicyError: names the file and what is wrong with it.
+    """
+    folder = default_folder()
+    if masked is not None:
+        folder = _folder(masked)
+    elif sealed is not None and sealed.keys is not None:
+        folder = Path(sealed.keys).expanduser()
+    path = folder / f"{name}.policy.yaml"
+    return Policy.load(path) if path.exists() else None
+
+
+def _facts(plan: SyncPlan, ring_bits: int, privacy: PrivacyFacts | None) -> PlanFacts:
     return PlanFacts(
         job=plan.job,
         round=plan.round,
@@ -137,6 +154,7 @@ def _facts(plan: SyncPlan, ring_bits: int) -> PlanFacts:
         threshold=plan.threshold,
         minimum_survivors=plan.minimum,
         ring_bits=ring_bits,
+        privacy=privacy,
     )
 
 
