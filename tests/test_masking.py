@@ -352,7 +352,7 @@ def test_a_masked_region_stays_out_when_its_privacy_budget_is_spent(tmp_path: Pa
     world.merging._start = 1
     for number in (1, 2):
         guard.answer("open", number, world.merging._signed(world.plan(number=number), world.names).to_wire())
-    with pytest.raises(PolicyError, match="privacy.epsilon"):
+    with pytest.raises(PolicyError, match=r"privacy\.epsilon"):
         guard.answer("open", 3, world.merging._signed(world.plan(number=3), world.names).to_wire())
 
 

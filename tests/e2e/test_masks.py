@@ -92,3 +92,26 @@ def test_masks_under_fragments_and_overlap(tmp_path: Path) -> None:
     clear = play(raw, tmp_path / "clear")
     masked = play(raw | {"secure_aggregation": {}}, tmp_path / "masked")
     assert contents(masked, tmp_path / "masked") == contents(clear, tmp_path / "clear")
+
+
+@pytest.mark.slow
+def test_twelve_regions_in_three_groups(tmp_path: Path) -> None:
+    """All take the median of the same three sums, over a region that is away and a resume."""
+    regions = [region(tmp_path, f"r{i:02}", i, {"zero_stage": 0, "micro_batch": 1}) for i in range(12)]
+    raw = raw_job(
+        tmp_path,
+        regions,
+        codec={"type": "fixed", "bits": 8},
+        secure_aggregation={"groups": 3},
+        evaluation={"sequences": 4},
+        rounds=2,
+    )
+    assert play(raw, tmp_path / "grouped", stop_after=1).round == 1
+    done = play(raw, tmp_path / "grouped", resume=True)
+    assert done.round == 2
+    assert len(done.endorsements) == 12
+    (first, second) = read_rounds(tmp_path / "grouped")
+    assert first.bytes_down == 3 * first.bytes_up
+    assert second.eval_loss is not None
+    assert first.eval_loss is not None
+    assert second.eval_loss < first.eval_loss
