@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xcloud.aggregators import Gram
 from xcloud.config import JobConfig, dump_job
-from xcloud.errors import AggregationError, PlacementError, RegionError
+from xcloud.errors import AggregationError, NonFiniteUpdateError, PlacementError, RegionError
 from xcloud.folding import Folder
 from xcloud.mailing import Arranged, Mailing
 from xcloud.manifest import ChunkLayout
@@ -46,6 +46,9 @@ from xcloud.transport.calls import gather, in_own_words, later
 from xcloud.update import adds_up
 
 __all__ = ["Aggregation", "AggregatorHandle", "ClusterAggregation", "Crew"]
+
+CLIP_MARGIN = 1e-5
+"""By how much an update is clipped shorter than it may be: sums in fp32 are that exact."""
 
 Who = TypeVar("Who", int, str)
 """A folder: the number of its share of the chunks, or the name of its cloud."""
@@ -145,7 +148,7 @@ class Aggregation:
             round=plan.round,
             attempt=plan.attempt,
             regions=tuple(r.region for r in reports),
-            weights=tuple(weights),
+            weights=self._told(weights),
             chunk_bytes=merged.sizes,
             parts=merged.parts,
             norm=None if self.summed else math.sqrt(sum(norms)),
@@ -163,6 +166,12 @@ class Aggregation:
             Copies(handle, {cloud: copied[part] for cloud, copied in copies.items()})
             for part, handle in enumerate(merged.handles)
         ]
+
+    def _told(self, weights: Sequence[float]) -> tuple[float, ...]:
+        """The weights as regions are told them: clipping would say how long each update was."""
+        if self.job.dp is not None and self.job.dp.central:
+            return (1 / len(self.job.regions),) * len(weights)
+        return tuple(weights)
 
     def unmask(
         self,
@@ -208,6 +217,8 @@ class Aggregation:
         arranged: Arranged | None,
     ) -> list[float]:
         """What each region's update counts."""
+        if self.job.dp is not None and self.job.dp.central:
+            return self._clipped(plan, layout, chunks, sent, self.job.dp.clip_norm, arranged)
         gram: Gram | None = None
         if self.aggregator.needs_gram:
             shares = dict(enumerate(self.shares(chunks)))
@@ -219,6 +230,30 @@ class Aggregation:
         if buffer is None:
             return weights
         return [weight * buffer.factor(r.staleness) for weight, r in zip(weights, reports, strict=True)]
+
+    def _clipped(
+        self,
+        plan: RoundPlan,
+        layout: Sequence[ChunkLayout],
+        chunks: range,
+        sent: Sequence[_Sent],
+        most: float,
+        arranged: Arranged | None,
+    ) -> list[float]:
+        """Weights with which no update is longer than `most`, as it arrived, over the number of the job's regions,
+        whoever of them is there.
+
+        Raises:
+            NonFiniteUpdateError: an update has no norm.
+        """
+        shares, mail = dict(enumerate(self.shares(chunks))), _mail(arranged, sent, "nobody")
+        parts = self.crew.ask("norms", {who: _call(plan, layout, s, sent, mail) for who, s in shares.items()})
+        norms = np.sqrt(np.concatenate([parts[who] for who in shares]).sum(axis=0))
+        for one, norm in zip(sent, norms, strict=True):
+            if not np.isfinite(norm):
+                raise NonFiniteUpdateError(one.name, "its update holds NaN or Inf")
+        weights = (1 - CLIP_MARGIN) * np.minimum(1.0, most / np.maximum(norms, most))
+        return [float(weight) / len(self.job.regions) for weight in weights]
 
     def _by_cloud(
         self,

@@ -25,7 +25,16 @@ from pydantic import (
 
 from xcloud.aggregators import AGGREGATORS, AggregatorConfig, MeanConfig
 from xcloud.cloud.settings import PlacementConfig
-from xcloud.codecs import CODECS, BFloat16Config, Codec, CodecConfig, Frame, IdentityConfig, ring_of
+from xcloud.codecs import (
+    CODECS,
+    BFloat16Config,
+    Codec,
+    CodecConfig,
+    Frame,
+    GridConfig,
+    IdentityConfig,
+    ring_of,
+)
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
@@ -357,7 +366,7 @@ class JobConfig(_Section):
         if ring_of(codec, 1, Frame(members=len(self.regions))) is None:
             raise ValueError(
                 f"secure_aggregation adds integers under masks, and codec {self.codec.type!r} sends none that add; "
-                "expected codec fixed, or random_k with 'bits'"
+                "expected codec fixed, grid, or random_k with 'bits'"
             )
         if self.hierarchy.type != "flat":
             raise ValueError(
@@ -410,7 +419,14 @@ class JobConfig(_Section):
             self.seed,
             self.aggregator.model_dump_json(),
             self.secure_aggregation.groups if self.secure_aggregation is not None else 1,
+            self.dp.model_dump_json() if self.dp is not None else "",
         ).hex()
+
+    @property
+    def cohort(self) -> tuple[int, int]:
+        """Fewest regions whose masked sum is opened, and colluders among them; all, and none, without masks."""
+        secure = self.secure_aggregation
+        return (secure.survivors, secure.colluders) if secure is not None else (len(self.regions), 0)
 
     @property
     def needed(self) -> int:
@@ -419,7 +435,16 @@ class JobConfig(_Section):
 
     def _check_privacy(self) -> None:
         """What `dp` cannot be combined with."""
+        grid = isinstance(self.codec, GridConfig)
+        if grid and (self.dp is None or not self.dp.distributed):
+            raise ValueError(
+                "codec grid takes its step and its noise from dp; expected dp with unit: region and mechanism: skellam, "
+                "or another codec"
+            )
         if self.dp is None:
+            return
+        if self.dp.unit == "region":
+            self._check_region_privacy(self.dp)
             return
         if self.inner.clip_norm is not None:
             raise ValueError(
@@ -449,6 +474,61 @@ class JobConfig(_Section):
                         f"regions[{r}].pools[{p}].activation_checkpointing drops the activations from which dp takes "
                         "each example's gradient norm; expected false"
                     )
+
+    def _check_region_privacy(self, dp: DPConfig) -> None:
+        """What `dp.unit: region` cannot be combined with."""
+        if not isinstance(self.aggregator, MeanConfig) or self.aggregator.weigh_by != "equal":
+            raise ValueError(
+                f"dp.unit region bounds what each region changes by a fixed share, but aggregator {self.aggregator.type!r} "
+                "weighs otherwise; expected aggregator: {type: mean, weigh_by: equal}"
+            )
+        if self.hierarchy.type != "flat":
+            raise ValueError(
+                f"dp.unit region clips and noises updates where all meet, while hierarchy {self.hierarchy.type!r} merges "
+                "those of a cloud first; expected hierarchy flat"
+            )
+        if self.buffer is not None or self.streaming.overlap:
+            other = "buffer" if self.buffer is not None else "streaming.overlap"
+            raise ValueError(
+                f"dp.unit region books a merge before its round begins, while {other} merges when other rounds have begun; "
+                "leave one of them out"
+            )
+        if self.guards is not None:
+            raise ValueError(
+                "guards look at losses and norms of a merge, which dp.unit region does not let out; leave one of them out"
+            )
+        open_text = [region.name for region in self.regions if region.evaluate_on is None]
+        if self.evaluation.sequences and open_text:
+            raise ValueError(
+                f"dp.unit region hides all of a region's text, but evaluation would tell the loss on that of {open_text[0]!r}; "
+                "expected evaluation.sequences: 0, or evaluate_on with public text in each region"
+            )
+        if dp.central:
+            if self.secure_aggregation is not None:
+                raise ValueError(
+                    "dp.mechanism gaussian has the aggregation actor clip each update, which secure_aggregation hides from "
+                    "it; expected dp.mechanism: skellam, or no secure_aggregation"
+                )
+            if adds_up(self.codec.build()):
+                raise ValueError(
+                    f"dp.mechanism gaussian clips each update, but codec {self.codec.type!r} is added up and never opened one "
+                    "by one; expected a codec that is opened, such as identity, bf16 or block"
+                )
+            return
+        if self.secure_aggregation is None:
+            raise ValueError(
+                "dp.mechanism skellam hides a region in a masked sum; expected secure_aggregation, or dp.mechanism: gaussian"
+            )
+        if not isinstance(self.codec, GridConfig):
+            raise ValueError(
+                f"dp.mechanism skellam adds its noise to integers on a public grid, but codec is {self.codec.type!r}; "
+                "expected codec grid"
+            )
+        if self.secure_aggregation.groups > 1:
+            raise ValueError(
+                "dp.mechanism skellam accounts for one sum in a round, while secure_aggregation.groups opens several; "
+                "leave one of them out"
+            )
 
     def _check_hierarchy(self, codec: Codec) -> None:
         """Refuse what cannot be merged in two steps."""

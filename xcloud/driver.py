@@ -6,7 +6,6 @@ agree -> the round is committed: metrics, cursors and checkpoint, all or nothing
 
 `streaming.overlap` lets the last three steps happen while the next round trains; `streaming.fragments` merges
 a part of the model at a time; `buffer` merges what has arrived and leaves the rest at work.
-
 The driver holds the round number, the plans and the ledger. It never sees weights.
 """
 
@@ -57,7 +56,8 @@ class Run:
             stop_after: last round to play now; the job's schedules are those of the whole job.
         """
         began, last = time.monotonic(), min(stop_after or self.job.rounds, self.job.rounds)
-        self.ledger.begin(self.fleet.start(evaluate=record is None))
+        if noise := self.ledger.begin(self.fleet.start(evaluate=record is None)):
+            self.log.event("privacy_started", **noise)
         if record is not None:
             self.ledger.resume(record)
             self.fleet.restore(self.ledger.order, record.round)

@@ -31,6 +31,7 @@ from xcloud.errors import AggregationError, NonFiniteUpdateError, RegionError, S
 from xcloud.manifest import ChunkLayout
 from xcloud.messages import Folded, FoldOrder, Source, Unmasked, UnmaskOrder
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
+from xcloud.privacy.noise import SecureRandom
 from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
 from xcloud.secure.identity import Role
 from xcloud.secure.masks import Masker
@@ -105,6 +106,10 @@ class Folder:
         self.codec, self.relay = parsed.codec.build(), parsed.hierarchy.relay()
         self.encoder = parsed.downlink.build() if cloud is None else self.relay
         self.summed = adds_up(self.codec)
+        self.noise = 0.0
+        if parsed.dp is not None and parsed.dp.central and cloud is None:
+            terms = parsed.dp.central_terms(parsed.rounds)
+            self.noise = terms.noise_multiplier * parsed.dp.clip_norm / len(parsed.regions)
         who = "aggregator" if cloud is None else f"aggregator of {cloud}"
         self.framing = Framing(parsed.name, parsed.seed, len(parsed.regions), who)
         self.blobs = blobs
@@ -167,6 +172,30 @@ class Folder:
             return found
 
         return np.concatenate(self._each(products, range(*ordered.chunks), shapes, sent, together=True))
+
+    def norms(
+        self, order: bytes, layout: Sequence[Any], updates: Sequence[Sequence[Handle]]
+    ) -> npt.NDArray[np.float64]:
+        """Squared norms of the updates in each chunk, (chunks, n), one update after the other.
+
+        Raises:
+            RegionError: a region's chunk has the wrong size or cannot be fetched.
+        """
+        ordered, shapes, sent = self._open(order, layout, updates)
+
+        def squares(span: range) -> npt.NDArray[np.float64]:
+            found = np.zeros((len(span), len(sent)))
+            for column, update in enumerate(sent):
+                reader = self._reader(update, span)
+                for row, chunk in enumerate(span):
+                    values = self._opened(update, reader, chunk, shapes[chunk])
+                    with np.errstate(
+                        over="ignore", invalid="ignore"
+                    ):  # whoever asked judges what is not finite
+                        found[row, column] = float(np.dot(values, values))
+            return found
+
+        return np.concatenate(self._each(squares, range(*ordered.chunks), shapes, sent, together=False))
 
     def fold(
         self, order: bytes, layout: Sequence[Any], updates: Sequence[Sequence[Handle]]
@@ -348,7 +377,7 @@ class Folder:
     ) -> tuple[Bundle, list[float]]:
         """Fold the chunks of one outgoing part: its bundle and each chunk's squared norm."""
         readers, writer = [self._reader(update, span) for update in sent], self._writer(layout)
-        norms, sealer = [], ChunkSealer(way.sealing)
+        norms, sealer, random = [], ChunkSealer(way.sealing), SecureRandom()
         for chunk in span:
             frame = self.framing.frame(round, chunk, layout[chunk])
             if self.summed:
@@ -358,6 +387,8 @@ class Folder:
             out = writer.slot(layout[chunk].length)
             with np.errstate(over="ignore", invalid="ignore"):  # told by the region's name, below
                 self._combine(sent, readers, chunk, layout[chunk], out)
+                if self.noise:
+                    out += np.float32(self.noise) * random.normal(out.size)
                 norm_squared = float(np.dot(out, out))
             if not np.isfinite(norm_squared):
                 self._blame(sent, readers, chunk, layout[chunk], out)

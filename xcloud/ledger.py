@@ -31,6 +31,7 @@ from xcloud.messages import (
 from xcloud.metrics import PrivacyRow, RegionRow, RoundRow, read_events
 from xcloud.policies import suspicion
 from xcloud.privacy import PrivacyLedger, Release
+from xcloud.privacy.skellam import grid_dimension, noise_to_signal
 
 __all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "keep_job", "mean_loss"]
 
@@ -103,8 +104,8 @@ class Ledger:
         """The run's outcome as it stands."""
         return Outcome(self.round, finished, reason, self.eval_start, self.eval_loss)
 
-    def begin(self, ready: Mapping[str, RegionReady]) -> None:
-        """Take the fresh regions' common model as round 0.
+    def begin(self, ready: Mapping[str, RegionReady]) -> dict[str, Any]:
+        """Take the fresh regions' common model as round 0; returns what is to be said of noise on it.
 
         Raises:
             DivergenceError: regions start from different layouts or weights.
@@ -128,6 +129,7 @@ class Ledger:
         self.eval_start = self.eval_loss = mean_loss(ready.values())
         self.losses = {name: answer.eval_loss for name, answer in ready.items() if answer.eval_tokens}
         self._open_privacy(ready)
+        return self._noise(first.parameters)
 
     def _open_privacy(self, ready: Mapping[str, RegionReady]) -> None:
         """Go on with the run folder's privacy ledger, or begin one."""
@@ -141,6 +143,8 @@ class Ledger:
                     "check that it runs the same version"
                 )
             self.terms[name] = answer.privacy
+            if dp.unit == "region":
+                continue  # what its data had a part in is one region's, whoever else has it
             twin = next((n for n in ready if n != name and self.data[n] == self.data[name]), None)
             if twin is not None:
                 raise ConfigError(
@@ -149,6 +153,27 @@ class Ledger:
                 )
         fresh = PrivacyLedger(unit=dp.unit, delta=dp.delta, budget=dp.target_epsilon)
         self._take_over(PrivacyLedger.kept(self.folder) or fresh)
+
+    def _noise(self, parameters: int) -> dict[str, Any]:
+        """Of noise on merges: how much, and how it compares with updates that all point the same way."""
+        dp, terms = self.job.dp, next(iter(self.terms.values()), None)
+        if dp is None or terms is None or dp.unit != "region":
+            return {}
+        over_clip = terms.noise_multiplier
+        if (
+            dp.distributed
+        ):  # rounding to the grid makes the sensitivity, and with it the noise, larger than the clip norm
+            dimension = grid_dimension([chunk.length for chunk in self.layout])
+            grid = dp.grid(
+                self.job.rounds, dimension, len(self.job.regions), *self.job.cohort, self.job.ring_bits
+            )
+            over_clip = grid.step * math.sqrt(grid.variance) / dp.clip_norm
+        return {
+            "unit": dp.unit,
+            "mechanism": dp.mechanism,
+            "noise_multiplier": terms.noise_multiplier,
+            "noise_to_signal_ratio": noise_to_signal(over_clip, parameters, len(self.job.regions)),
+        }
 
     def _take_over(self, ledger: PrivacyLedger) -> None:
         """Go on from what was released before; a run never forgets."""
@@ -170,9 +195,16 @@ class Ledger:
         """
         if self.privacy is None:
             return
+        # A merge is noised anew however often it is tried, and says something of every region, also of one that is away.
+        merges = self.privacy.unit == "region"
         releases = tuple(
-            Release(round=plan.round, region=name, steps=plan.inner_steps, terms=self.terms[name])
-            for name in names
+            Release(
+                round=plan.round,
+                region=name,
+                steps=1 if merges else plan.inner_steps,
+                terms=self.terms[name],
+            )
+            for name in (self.terms if merges else names)
         )
         self.privacy = self.privacy.with_releases(releases)
         self.privacy.keep(self.folder)

@@ -80,13 +80,15 @@ class PrivacyTerms(Message):
     """Under which a region releases anything that its data had a part in.
 
     `unit` is what epsilon protects. Each step releases a sum of contributions, clipped to a common norm, of units that
-    `sampler` has picked with `sampling_probability`, plus Gaussian noise of `noise_multiplier` times that norm.
+    `sampler` has picked with `sampling_probability`, plus noise of `noise_multiplier` times that norm: Gaussian, or, on a grid,
+    Skellam noise of which `skellam` gives variance, L1 and L2 sensitivity in steps of the grid.
     """
 
     unit: Literal["example", "region"]
     sampler: Literal["poisson", "shuffled"] = "poisson"
     sampling_probability: float = Field(gt=0, le=1)
     noise_multiplier: float = Field(gt=0)
+    skellam: tuple[float, float, float] | None = None
 
 
 class RegionReady(Message):

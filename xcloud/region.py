@@ -52,7 +52,7 @@ from xcloud.messages import (
     SaveOrder,
 )
 from xcloud.parts import Bundle, PartReader, PartWriter
-from xcloud.privacy.accounting import Mechanism, epsilon_of
+from xcloud.privacy import PrivacyLedger, Release
 from xcloud.quiet import quiet_environment
 from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
 from xcloud.secure.guard import SCALE, Guard
@@ -170,6 +170,7 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         eval_sequences=job.evaluation.sequences,
         guarded=job.guards is not None,
         hashed=job.secure_aggregation is not None,
+        cohort=job.cohort,
     )
 
 
@@ -347,9 +348,11 @@ class Region:
         dp, terms = self.job.dp, self.terms
         if dp is None or terms is None:
             return None
-        steps = (number + self._repeated) * self.job.inner.steps
-        spent = Mechanism(terms.sampling_probability, terms.noise_multiplier, steps)
-        return PrivacyFacts(unit=terms.unit, epsilon=epsilon_of([spent], dp.delta), delta=dp.delta)
+        rounds = number + self._repeated
+        steps = rounds if terms.unit == "region" else rounds * self.job.inner.steps
+        release = Release(round=number, region=self.name, steps=steps, terms=terms)
+        spent = PrivacyLedger(unit=terms.unit, delta=dp.delta, releases=(release,))
+        return PrivacyFacts(unit=terms.unit, epsilon=spent.epsilon(self.name), delta=dp.delta)
 
     def _train(self, plan: RoundPlan) -> Pending:
         self._repeated += plan.round <= self._latest
@@ -389,13 +392,16 @@ class Region:
         losses = [
             report.loss_sum / report.steps * report.tokens if report.steps else 0.0 for report in reports
         ]
+        if hidden := self.job.dp is not None and self.job.dp.unit == "region":
+            reports = tuple(one.model_copy(update={"loss_sum": math.nan}) for one in reports)
         report = RegionReport(
             region=self.name,
             round=plan.round,
             attempt=plan.attempt,
             tokens=sum(tokens),
-            train_loss=sum(losses) / sum(tokens) if sum(tokens) else math.nan,
-            update_norm=math.nan if self.guard else math.sqrt(norm_squared),  # it tells of this one update
+            train_loss=sum(losses) / sum(tokens) if sum(tokens) and not hidden else math.nan,
+            # It tells of this one update.
+            update_norm=math.nan if self.guard or hidden else math.sqrt(norm_squared),
             share=share,
             cursor=at,
             chunk_bytes=bundle.sizes,

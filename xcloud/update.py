@@ -75,6 +75,7 @@ class UpdatePath:
         framing: of this region.
         layout: of all chunks.
         owned: chunk ids of this rank.
+        divisor: of totals, instead of the regions' shares in them; None: these.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class UpdatePath:
         framing: Framing,
         layout: tuple[ChunkLayout, ...],
         owned: Sequence[int],
+        divisor: float | None = None,
     ) -> None:
         self.codec, self.downlink, self.framing = codec, downlink, framing
-        self.layout, self.owned = layout, owned
+        self.layout, self.owned, self.divisor = layout, owned, divisor
         self.scales: dict[int, Array] = {}
         self.residual: dict[int, Array] = {}
         self._fresh: dict[int, Array] = {}
@@ -151,7 +153,7 @@ class UpdatePath:
         frame = self._frame(total.round, chunk)
         if not total.summed:
             return self.downlink.decode(data, length, frame)
-        merged = self.codec.decode(data, length, frame) * np.float32(1 / total.total_share)
+        merged = self.codec.decode(data, length, frame) * np.float32(1 / (self.divisor or total.total_share))
         if not np.isfinite(np.dot(merged, merged)):
             raise AggregationError(f"round {total.round}: the merged update is not finite in chunk {chunk}")
         scale = self.codec.next_scale(merged, data, len(total.regions), frame)

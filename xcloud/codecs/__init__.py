@@ -4,6 +4,7 @@ from xcloud.codecs.base import CODECS, Array, Bytes, Codec, CodecConfig, Frame, 
 from xcloud.codecs.block import Block, BlockConfig
 from xcloud.codecs.e3m0 import E3M0, E3M0Config
 from xcloud.codecs.fixed import Fixed, FixedConfig
+from xcloud.codecs.grid import Grid, GridConfig
 from xcloud.codecs.lowrank import LowRank, LowRankConfig
 from xcloud.codecs.plain import BFloat16, BFloat16Config, Identity, IdentityConfig
 from xcloud.codecs.ring import Ring, ring_add, ring_of
@@ -26,6 +27,8 @@ __all__ = [
     "Fixed",
     "FixedConfig",
     "Frame",
+    "Grid",
+    "GridConfig",
     "Identity",
     "IdentityConfig",
     "LowRank",

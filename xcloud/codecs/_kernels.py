@@ -614,6 +614,16 @@ def rotate(values: Array, seed: int, block: int = 0) -> Array:
     return out / np.float32(np.sqrt(size))
 
 
+def rotate_back(turned: Array, count: int, seed: int, block: int = 0) -> Array:
+    """The inverse of `rotate`, of the first `count` values."""
+    work, out = turned.copy(), np.empty(turned.size, np.float32)
+    _hadamard(work, out, turned.size)
+    out /= np.float32(np.sqrt(turned.size))
+    found = np.empty(count, np.float32)
+    _signed(out.view(np.uint32), 0, found.view(np.uint32), count, np.uint64(seed), block)
+    return found
+
+
 def encode_integers(
     values: Array,
     steps: Array | None,

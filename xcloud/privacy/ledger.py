@@ -13,9 +13,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from xcloud.errors import CheckpointError, PrivacyBudgetError
+from xcloud.errors import CheckpointError, PrivacyAccountingError, PrivacyBudgetError
 from xcloud.messages import PrivacyTerms
 from xcloud.privacy.accounting import Mechanism, epsilon_of
+from xcloud.privacy.skellam import composed_epsilon
 
 __all__ = ["PrivacyLedger", "Release"]
 
@@ -59,7 +60,14 @@ class PrivacyLedger(BaseModel):
 
     def epsilon(self, region: str) -> float:
         """What a region's units have paid so far."""
-        return epsilon_of((r.mechanism for r in self.releases if r.region == region), self.delta)
+        own = [r for r in self.releases if r.region == region]
+        gaussian = [r.mechanism for r in own if r.terms.skellam is None]
+        skellam = [(*r.terms.skellam, r.steps) for r in own if r.terms.skellam is not None]
+        if skellam and gaussian:
+            raise PrivacyAccountingError(
+                f"region {region!r} has released under Gaussian and under Skellam noise; expected one kind in a run"
+            )
+        return composed_epsilon(skellam, self.delta) if skellam else epsilon_of(gaussian, self.delta)
 
     @property
     def total(self) -> float:

@@ -134,6 +134,10 @@ def event_line(event: Event, width: int | None = None) -> str | None:
     if event.kind == "secure_aggregation":
         line = f"masked: sums of at least {get('minimum')} regions are opened, by at least {get('threshold')} of them"
         return f"{line}; keys made for this run in {get('made')}" if get("made") else line
+    if event.kind == "privacy_started":
+        ratio = float(event.fields.get("noise_to_signal_ratio", math.nan))
+        noise = f"{get('mechanism')} noise on each merge, per {get('unit')}"
+        return f"{noise}: {ratio:.3g} times as long as an update that all regions agree on"
     if event.kind == "region_rejoined":
         return f"{region} rejoined before round {number}"
     if event.kind == "round_retried":

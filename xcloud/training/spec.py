@@ -51,6 +51,8 @@ class WorkerSpec:
     eval_sequences: int
     guarded: bool
     hashed: bool
+    cohort: tuple[int, int]
+    """Fewest regions whose masked sum is opened, and those of them that may tell what they have added."""
 
 
 @dataclass(frozen=True)

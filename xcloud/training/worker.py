@@ -39,11 +39,21 @@ import torch.distributed as dist
 import xxhash
 
 from xcloud.checkpoint import CheckpointStore, chunk_files
+from xcloud.codecs import Codec, Grid
 from xcloud.data import Order, PackedSplit, PackedStore, SourceConfig, prepare_store
-from xcloud.errors import CheckpointError, ConfigError, NonFiniteUpdateError, RegionError, SecurityError
+from xcloud.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteUpdateError,
+    PrivacyAccountingError,
+    RegionError,
+    SecurityError,
+)
 from xcloud.manifest import Manifest, model_hasher
 from xcloud.messages import CheckpointFile, PrivacyTerms, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, Bytes, PartReader, PartWriter
+from xcloud.privacy.noise import SecureRandom
+from xcloud.privacy.skellam import GridPlan, Skellam, grid_dimension
 from xcloud.secure.envelope import Opening, Sealing
 from xcloud.secure.masks import Masker
 from xcloud.secure.primitives import TAG_BYTES
@@ -66,6 +76,8 @@ Array = npt.NDArray[np.float32]
 
 BLOCK = 1 << 16
 PROGRESS_EVERY_S = 1.0
+CLIP_MARGIN = 1e-5
+"""By how much an update is clipped shorter than it may be: fp32 norms and rotations are that exact."""
 
 Gradient = Callable[[int], Array]
 """A chunk's merged update (fp32), by its id."""
@@ -124,8 +136,10 @@ class RankWorker:
             0.5 * spec.inner.optimizer.lr * max(1, spec.inner.steps) ** 0.5
         )  # Adam's steps are about lr long
         framing = Framing(spec.job, spec.seed, spec.members, spec.region, typical)
-        codecs = spec.codec.build(), spec.downlink.build()
-        self.path = UpdatePath(*codecs, framing, self.manifest.layout, self.chunks.ids)
+        self.grid: GridPlan | None = None
+        codecs = self._noisy(spec.codec.build()), spec.downlink.build()
+        divisor = spec.members if spec.dp is not None and spec.dp.distributed else None
+        self.path = UpdatePath(*codecs, framing, self.manifest.layout, self.chunks.ids, divisor)
         self.writer = PartWriter(self.blobs.put, self.chunks.lengths, extra=TAG_BYTES)
         self.outer = spec.outer.build()
         self.anchor = self.chunks.empty()
@@ -157,7 +171,7 @@ class RankWorker:
 
     def describe(self) -> tuple[str, str, int, Manifest, PrivacyTerms | None]:
         """Data in words and its fingerprint, training sequences, manifest, terms of differential privacy."""
-        terms = self.private.terms if self.private is not None else None
+        terms = self.private.terms if self.private is not None else self._merge_terms()
         return self.store.describe(), self.store.fingerprint, len(self.store.train), self.manifest, terms
 
     def work(
@@ -181,8 +195,11 @@ class RankWorker:
         spec, engine = self.spec, self.engine
         micro, accumulation = spec.engine.micro_batch, spec.engine.gradient_accumulation
         stride = micro * spec.world
-        losses = torch.zeros((), dtype=torch.float32, device=self.device)
-        began = told = time.perf_counter()
+        told = (
+            spec.dp is None or spec.dp.unit != "region"
+        )  # else losses tell of the region, and no noise is on them
+        losses = torch.full((), 0.0 if told else torch.nan, dtype=torch.float32, device=self.device)
+        began = shown = time.perf_counter()
         landing_s = 0.0
         engine.train()
         if self.correction is not None:
@@ -205,8 +222,8 @@ class RankWorker:
                 engine.step()
                 losses += loss.detach()
             now = time.perf_counter()
-            if self.progress is not None and spec.rank == 0 and now - told >= PROGRESS_EVERY_S:
-                told = now
+            if self.progress is not None and spec.rank == 0 and now - shown >= PROGRESS_EVERY_S:
+                shown = now
                 done = (step + 1) * accumulation
                 tokens = done * stride * spec.sequence_length
                 self.progress(spec.pool, step + 1, tokens, float(losses) / done)
@@ -241,6 +258,8 @@ class RankWorker:
         began, norm_squared = time.perf_counter(), 0.0
         road = _Road(masker, sealing)
         delta, chunks = self.anchor[:0], self._merged_in(plan)
+        private = share is not None and self.spec.dp is not None and self.spec.dp.distributed
+        clip = self._clip(self._norm_squared(plan)) if private else None
         for index, spec in enumerate(self.manifest.parameters):
             if not self.chunks.within(index, chunks):
                 continue
@@ -261,6 +280,8 @@ class RankWorker:
                     )
                     norm_squared += self._checked_norm_squared(values, spec.name)
                 if seg.chunk_start + seg.length == delta.size:
+                    if clip is not None:
+                        delta *= clip
                     if share is None:
                         self.writer.add(seg.chunk, delta.view(np.uint8))
                     else:
@@ -277,15 +298,75 @@ class RankWorker:
     ) -> Offer:
         """Encode this rank's own chunks of the mean of the region's pools (fp32)."""
         began, norm_squared, reader = time.perf_counter(), 0.0, PartReader(self.blobs.get, merged)
-        road = _Road(masker, sealing)
-        for chunk in self.chunks.ids:
-            if chunk not in self._merged_in(plan):
-                continue
+        road, mine = _Road(masker, sealing), [c for c in self.chunks.ids if c in self._merged_in(plan)]
+        for chunk in mine:
+            values = reader.read(chunk).view(np.float32)
+            norm_squared += float(np.dot(values, values))
+        clip = self._clip(norm_squared)
+        for chunk in mine:
             delta = self.writer.slot(self.manifest.chunk_length(chunk))
             delta[:] = reader.read(chunk).view(np.float32)
-            norm_squared += float(np.dot(delta, delta))
+            if clip is not None:
+                delta *= clip
             self._send(plan, chunk, delta, share, road)
         return self._offered(road, norm_squared, began)
+
+    def _clip(self, norm_squared: float) -> np.float32 | None:
+        """By what this rank's part of an update is multiplied, so that the whole of it is no longer than `dp.clip_norm`.
+
+        Collective; None where an update is sent as long as it is. `norm_squared` is of this rank's own chunks.
+        """
+        dp = self.spec.dp
+        if dp is None or not dp.distributed:
+            return None
+        whole = torch.tensor(norm_squared, dtype=torch.float64)
+        if self.spec.world > 1:
+            whole = whole.to(self.device)
+            dist.all_reduce(whole)
+        norm = float(whole) ** 0.5
+        return np.float32(min(1.0, (1 - CLIP_MARGIN) * dp.clip_norm / norm) if norm else 1.0)
+
+    def _norm_squared(self, plan: RoundPlan) -> float:
+        """Of this rank's own chunks of anchor - local; collective as reading is."""
+        total, chunks = 0.0, self._merged_in(plan)
+        for index, spec in enumerate(self.manifest.parameters):
+            if not self.chunks.within(index, chunks):
+                continue
+            local = to_numpy(self.parameters.read(spec.name))
+            for seg in self.manifest.segments[index]:
+                if seg.chunk in self.chunks:
+                    anchor = self.chunks.of(self.anchor, seg.chunk)[seg.chunk_start :][: seg.length]
+                    mine = local[seg.parameter_start : seg.parameter_start + seg.length]
+                    total += self._checked_norm_squared(anchor - mine, spec.name)
+        return total
+
+    def _noisy(self, codec: Codec) -> Codec:
+        """The codec with its grid and this region's share of the noise, where regions add it."""
+        dp, spec = self.spec.dp, self.spec
+        if dp is None or not dp.distributed:
+            return codec
+        assert isinstance(codec, Grid), "the job was refused otherwise"
+        try:
+            grid = self.grid = dp.grid(spec.rounds, self._dimension(), spec.members, *spec.cohort, codec.bits)
+        except PrivacyAccountingError as error:
+            raise ConfigError(f"dp: {error}") from None
+        noise, random = Skellam(grid.share), SecureRandom()
+        return codec.calibrated(grid.step, grid.limit, partial(noise.sample, random))
+
+    def _dimension(self) -> int:
+        """Integers of a whole update."""
+        return grid_dimension([chunk.length for chunk in self.manifest.layout])
+
+    def _merge_terms(self) -> PrivacyTerms | None:
+        """Under which terms each merge releases something of this region as a whole."""
+        dp = self.spec.dp
+        if dp is None:
+            return None
+        if self.grid is None:
+            return dp.central_terms(self.spec.rounds)
+        skellam = self.grid.variance, self.grid.l1, self.grid.l2
+        noise = self.grid.noise_multiplier
+        return PrivacyTerms(unit="region", sampling_probability=1.0, noise_multiplier=noise, skellam=skellam)
 
     def _send(self, plan: RoundPlan, chunk: int, delta: Array, share: float, road: _Road) -> None:
         encoded = self.path.encode(plan.round, chunk, delta, share)
@@ -669,7 +750,7 @@ class RankWorker:
     def _private_steps(self) -> PrivateSteps | None:
         """What takes the inner steps under differential privacy."""
         spec, examples = self.spec, len(self.store.train)
-        if spec.dp is None:
+        if spec.dp is None or spec.dp.unit != "example":
             return None
         batch = spec.engine.micro_batch * spec.engine.gradient_accumulation * spec.world
         terms = agreed_terms(spec.dp, spec.region, examples, batch, spec.rounds * spec.inner.steps)
