@@ -30,6 +30,7 @@ from xcloud.aggregators import MeanConfig
 from xcloud.cloud.placement import place_pool
 from xcloud.config import JobConfig, PoolConfig
 from xcloud.errors import (
+    ConfigError,
     DataError,
     DivergenceError,
     MessageError,
@@ -37,8 +38,10 @@ from xcloud.errors import (
     SecurityError,
     TruncatedError,
 )
+from xcloud.manifest import Manifest
 from xcloud.messages import (
     Applied,
+    Encryption,
     PoolReport,
     Progress,
     RankInfo,
@@ -52,6 +55,7 @@ from xcloud.messages import (
 )
 from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.quiet import quiet_environment
+from xcloud.secure.ckks import encrypted_bytes, measure
 from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
 from xcloud.secure.guard import SCALE, Guard
 from xcloud.secure.identity import Member
@@ -151,7 +155,7 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         engine=engine,
         inner=job.inner,
         outer=job.outer,
-        codec=job.codec,
+        codec=job.coding,
         downlink=job.downlink,
         streaming=job.streaming,
         dp=job.dp,
@@ -172,7 +176,7 @@ def share_of(job: JobConfig, region: str) -> float:
 
     It depends on the job and the plan alone, so that it is public and a region knows it before it encodes.
     """
-    if not adds_up(job.codec.build()) or (
+    if not adds_up(job.coding.build()) or (
         isinstance(job.aggregator, MeanConfig) and job.aggregator.weigh_by == "equal"
     ):
         return 1.0
@@ -240,6 +244,8 @@ class Region:
         if self.job.envelope is not None:
             self.post = Post.open(self.name, self.job.envelope)
         secure = self.job.secure_aggregation
+        if secure is not None and secure.scheme == "ckks":
+            measure()  # before minutes are spent on engines
         if secure is not None:  # not in the constructor: an actor that dies there cannot say why
             shares = {region.name: share_of(self.job, region.name) for region in self.job.regions}
             self.guard = open_guard(secure, self.name, shares, self.job.ring_bits, self._check)
@@ -546,15 +552,16 @@ class Region:
         try:
             openings = self._openings(total)
             hashes = self._accept(total)
+            key = self.guard.masker(total.round).cipher if self.guard is not None and hashes else b""
         except (SecurityError, MessageError) as error:
             raise RegionError(self.name, str(error)) from None
         merged = Bundle(total.parts, total.chunk_bytes, tuple(handles))
         evaluate = evaluate and self.job.evaluation.sequences > 0
         idle = total.lands_in is None
         asked = [
-            pool.ask("apply", total, merged, evaluate and index == 0, hashes, openings)
+            pool.ask("apply", total, merged, evaluate and index == 0, hashes, openings, key)
             if idle
-            else pool.tell("deliver", total, merged, evaluate and index == 0, hashes, openings)
+            else pool.tell("deliver", total, merged, evaluate and index == 0, hashes, openings, key)
             for index, pool in enumerate(self.pools)
         ]
         gather([reference for references in asked for reference in references])
@@ -634,6 +641,7 @@ class Region:
             raise DataError(
                 f"region {self.name!r}: its ranks see different data; expected equal files on its nodes"
             )
+        encryption = self._encryption(manifest)
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
         return RegionReady(
             region=self.name,
@@ -650,7 +658,35 @@ class Region:
             pools=self._infos(),
             eval_loss=loss,
             eval_tokens=tokens,
+            encryption=encryption,
         )
+
+    def _encryption(self, manifest: Manifest) -> Encryption | None:
+        """What homomorphic encryption will cost, where updates are encrypted.
+
+        Raises:
+            ConfigError: the model is larger than the job allows for it.
+        """
+        secure = self.job.secure_aggregation
+        if secure is None or secure.scheme != "ckks":
+            return None
+        pace, ranks = measure(), self.settings.pools[0].workers
+        plain, sent = 4 * manifest.size, sum(encrypted_bytes(chunk.length) for chunk in manifest.layout)
+        cost = Encryption(
+            plain_bytes=plain,
+            sent_bytes=sent,
+            encrypt_mb_per_s=pace.encrypt,
+            decrypt_mb_per_s=pace.decrypt,
+            seconds=plain / 1e6 / ranks * (1 / pace.encrypt + 1 / pace.decrypt),
+        )
+        if manifest.size > secure.most_parameters:
+            raise ConfigError(
+                f"region {self.name!r}: secure_aggregation.scheme ckks is for the updates of adapters: this model of "
+                f"{manifest.size:,} parameters would send {sent / 1e6:,.1f} MB for {plain / 1e6:,.1f} MB of fp32 and compute "
+                f"for {cost.seconds:,.1f} s in each round; expected at most {secure.most_parameters:,} parameters "
+                "(secure_aggregation.most_parameters), or scheme masks"
+            )
+        return cost
 
     def _infos(self) -> tuple[tuple[RankInfo, ...], ...]:
         """What every rank holds."""
