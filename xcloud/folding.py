@@ -302,7 +302,7 @@ class Folder:
         job, chunks = self.framing.job, range(*mail.chunks)
         plan = round_hash(job, source.round, mail.manifest)
         route = Route(plan, job, source.round, mail.attempt, "up", source.name, chunks)
-        most = largest(max((layout[chunk].length for chunk in chunks), default=0))
+        most = largest(max((room(self.codec, layout[chunk].length) for chunk in chunks), default=0))
         role: Role = "aggregator" if source.relayed else "region"
         try:
             return self._own_post().unwrap(letter, route, role, most, mail.introduced)

@@ -66,7 +66,7 @@ from xcloud.secure.post import Letter, Post, PostOrder, largest, round_hash
 from xcloud.training.spec import Landed, Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import gather
-from xcloud.update import adds_up
+from xcloud.update import adds_up, room
 
 __all__ = ["Region", "group_name"]
 
@@ -433,7 +433,8 @@ class Region:
         if self.post is None or not total.chunk_bytes:
             return ()
         bound = round_hash(self.job.name, total.round, self.manifest_digest)
-        openings, at, most = [], total.chunks.start, largest(self.job.chunk_size)
+        openings, at = [], total.chunks.start
+        most = largest(room(self.job.coding.build(), self.job.chunk_size))
         for wire in total.letters:
             letter = Letter.from_wire(wire.encode(), "aggregator")
             told = letter.envelope.route

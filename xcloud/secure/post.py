@@ -252,6 +252,5 @@ def is_reserved(name: str) -> bool:
 
 
 def largest(length: int) -> int:
-    """Bytes that the encoding of a chunk of so many elements may claim: nothing takes more than the 10 an element, and
-    up to 40 KiB for a last ciphertext, of `secure.ckks`."""
-    return 10 * length + (48 << 10)
+    """Bytes that the encoding of a chunk of so many elements may claim: no codec takes more than 8 an element."""
+    return 8 * length + 4096
