@@ -12,10 +12,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from xcloud.codecs import CODECS, Codec, Grid
 from xcloud.manifest import Manifest
 from xcloud.messages import PoolReport, RegionReport
 
 __all__ = [
+    "built",
     "chunk_sizes",
     "damaged",
     "manifests",
@@ -37,6 +39,12 @@ chunk_sizes = st.integers(1, 40)
 
 _names = st.text("abcz.09_", min_size=1, max_size=8)
 _dims = st.lists(st.integers(1, 7), max_size=3).map(tuple)
+
+
+def built(settings: Any) -> Codec:
+    """A codec, with a grid where it needs one (`privacy.skellam.plan_grid` makes that of a job)."""
+    codec = CODECS.parse(settings).build()
+    return codec.calibrated(step=1e-5, limit=10_000, noise=None) if isinstance(codec, Grid) else codec
 
 
 def shapes(min_size: int = 1) -> st.SearchStrategy[list[tuple[str, tuple[int, ...]]]]:

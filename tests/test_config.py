@@ -682,7 +682,7 @@ def three(**changes: Any) -> dict[str, Any]:
     [
         (
             {"codec": "identity"},
-            "codec 'identity' sends none that add; expected codec fixed, or random_k with 'bits'",
+            "codec 'identity' sends none that add; expected codec fixed, grid, or random_k with 'bits'",
         ),
         ({"codec": "lowrank"}, "codec 'lowrank' sends none that add"),
         ({"codec": "random_k"}, "codec 'random_k' sends none that add"),

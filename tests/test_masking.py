@@ -27,7 +27,7 @@ from xcloud.secure.local import make_keys, open_driver, open_guard
 from xcloud.secure.messages import SyncPlan
 from xcloud.secure.policy import PrivacyFacts
 from xcloud.secure.settings import SecureConfig
-from xcloud.update import Framing, UpdatePath
+from xcloud.update import Framing, UpdatePath, room
 
 
 class Adding:
@@ -60,7 +60,7 @@ class World:
         self, folder: Path, count: int = 4, layout: Sequence[ChunkLayout] = LAYOUT, **changes: Any
     ) -> None:
         clouds = [f"c{i}" for i in range(count)]
-        options = {key: changes.pop(key) for key in ("verify", "groups") if key in changes}
+        options = {key: changes.pop(key) for key in ("verify", "groups", "scheme") if key in changes}
         secure = SecureConfig(keys=str(folder / "keys"), colluders=0, **options)
         codec = changes.pop("codec", {"type": "fixed", "bits": 8})
         raw = {"codec": codec, "secure_aggregation": secure.model_dump(), **changes}
@@ -132,7 +132,7 @@ class World:
 
     def path(self, name: str) -> UpdatePath:
         framing = Framing(self.job.name, self.job.seed, len(self.names), name)
-        codecs = self.job.codec.build(), self.job.downlink.build()
+        codecs = self.job.coding.build(), self.job.downlink.build()
         return UpdatePath(*codecs, framing, self.layout, range(len(self.layout)))
 
     def plain(self, name: str, update: Any, number: int = 1) -> list[Any]:
@@ -149,12 +149,14 @@ class World:
         guard, path = self.guards[name], self.path(name)
         masker = guard.spend(plan.round)
         lengths = [shape.length for shape in self.layout]
-        writer, sealed, at = PartWriter(self.store.put, lengths, self.capacity), [], 0
+        rooms = [room(path.codec, length) for length in lengths]
+        writer, sealed, at = PartWriter(self.store.put, rooms, self.capacity), [], 0
         for chunk, length in enumerate(lengths):
             delta = writer.slot(length)
             delta[:] = update[at : at + length]
             encoded = path.encode(plan.round, chunk, delta, 1.0)
-            sealed.append(path.mask(plan.round, chunk, encoded, masker))
+            encoded, signed = path.protect(plan.round, chunk, encoded, masker)
+            sealed.append(signed)
             writer.add(chunk, encoded)
             at += length
         bundle = writer.finish()

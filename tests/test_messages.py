@@ -18,6 +18,7 @@ from xcloud.errors import MessageError, XCloudError
 from xcloud.messages import (
     Applied,
     CheckpointFile,
+    Encryption,
     Folded,
     FoldOrder,
     Message,
@@ -43,12 +44,16 @@ RANK = RankInfo(
 )
 FILE = CheckpointFile(path="model/chunks-000000-000001.safetensors", size=2**40, digest="ab12")
 SOURCE = Source(name="a", weight=1 / 3, round=4, relayed=False, chunk_bytes=(8, 4), parts=((2, 2),))
+COST = Encryption(
+    plain_bytes=80_000, sent_bytes=204_800, encrypt_mb_per_s=12.5, decrypt_mb_per_s=28.0, seconds=0.01
+)
 TERMS = PrivacyTerms(unit="example", sampling_probability=1 / 3, noise_multiplier=1.1)
 EXAMPLES: list[Message] = [
     RANK,
     RegionReady(
         region="ü-1",
         privacy=TERMS,
+        encryption=COST,
         manifest_digest="aa",
         model_digest="bb",
         parameters=10**12,
@@ -84,6 +89,7 @@ EXAMPLES: list[Message] = [
     Saved(region="a", round=2, files=(FILE, FILE)),
     RestoreOrder(round=4, inner_round=None, cursor=17, model_digest="ee", files=(FILE,)),
     TERMS,
+    COST,
 ]
 every_message = pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 

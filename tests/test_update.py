@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.strategies import Array
+from tests.strategies import Array, built
 from xcloud.codecs import CODECS, Bytes
 from xcloud.errors import AggregationError
 from xcloud.manifest import ChunkLayout
@@ -23,7 +23,7 @@ FED_BACK = [name for name in CODECS.names if CODECS.parse(name).build().feedback
 def path(region: str, codec: Any, owned: range = OWNED, members: int = 3) -> UpdatePath:
     """A region's only rank, or one of several."""
     framing = Framing("job", 7, members, region)
-    return UpdatePath(CODECS.parse(codec).build(), CODECS.parse("identity").build(), framing, LAYOUT, owned)
+    return UpdatePath(built(codec), CODECS.parse("identity").build(), framing, LAYOUT, owned)
 
 
 def deltas(seed: int, scale: float = 1e-3) -> list[Array]:

@@ -94,7 +94,7 @@ class Aggregation:
     def __init__(self, job: JobConfig, crew: Crew) -> None:
         self.job, self.crew = job, crew
         self.aggregator = job.aggregator.build()
-        self.summed = adds_up(job.codec.build())
+        self.summed = adds_up(job.coding.build())
 
     def merge(
         self,

@@ -41,6 +41,7 @@ from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
 from xcloud.policies import BufferConfig, FailureConfig, GuardConfig, StreamingConfig
 from xcloud.privacy import DPConfig
 from xcloud.registry import PartConfig, Registry, nearest
+from xcloud.secure.ckks import EncryptedConfig
 from xcloud.secure.member import minimum_survivors
 from xcloud.secure.post import EnvelopeConfig, is_reserved
 from xcloud.secure.primitives import digest
@@ -237,7 +238,8 @@ class JobConfig(_Section):
                 f"failure.quorum is {quorum}, but 'regions' lists only {len(self.regions)}; "
                 "expected at most that many"
             )
-        codec = self.codec.build()
+        self._check_scheme()
+        codec = self.coding.build()
         if adds_up(codec):
             if not isinstance(self.aggregator, MeanConfig):
                 raise ValueError(
@@ -358,6 +360,31 @@ class JobConfig(_Section):
                 "leave one of them out"
             )
 
+    @property
+    def coding(self) -> CodecConfig:
+        """The codec that updates are added or opened by: `codec`, unless they are encrypted homomorphically."""
+        secure = self.secure_aggregation
+        return EncryptedConfig() if secure is not None and secure.scheme == "ckks" else self.codec
+
+    def _check_scheme(self) -> None:
+        """What homomorphic encryption cannot be combined with, beyond what no secure aggregation can."""
+        if self.coding is self.codec:
+            return
+        scheme = "secure_aggregation.scheme is ckks, which adds fp32 values"
+        for key, found in (("codec", self.codec), ("downlink", self.downlink)):
+            if not isinstance(found, IdentityConfig):
+                raise ValueError(
+                    f"{scheme}, but {key} is {found.type!r}; expected {key} identity, or scheme masks"
+                )
+        if not isinstance(self.aggregator, MeanConfig):
+            raise ValueError(
+                f"{scheme} and opens none of them, but aggregator is {self.aggregator.type!r}; expected aggregator mean"
+            )
+        if self.buffer is not None:
+            raise ValueError(
+                f"{scheme} of one round under one key, but buffer merges those of several; leave one of them out"
+            )
+
     def _check_masks(self, codec: Codec) -> None:
         """What secure aggregation cannot be combined with."""
         secure = self.secure_aggregation
@@ -404,7 +431,7 @@ class JobConfig(_Section):
     @property
     def ring_bits(self) -> int:
         """Bits of the integers that are added under masks."""
-        ring = ring_of(self.codec.build(), 1, Frame(members=len(self.regions)))
+        ring = ring_of(self.coding.build(), 1, Frame(members=len(self.regions)))
         assert ring is not None, "asked of masked jobs only"
         return ring.width
 
@@ -413,7 +440,7 @@ class JobConfig(_Section):
         """What makes an update the integers that it is: equal in all regions that are added."""
         return digest(
             "xcloud/update/v2",
-            self.codec.model_dump_json(),
+            self.coding.model_dump_json(),
             len(self.regions),
             self.chunk_size,
             self.seed,

@@ -418,7 +418,10 @@ class Fleet:
         fields = json_safe(ready)
         for key in ("manifest_digest", "model_digest", "eval_tokens", "layout"):
             del fields[key]
+        encryption = fields.pop("encryption")
         self._log.event("region_ready", **fields, seconds=seconds)
+        if encryption is not None:
+            self._log.event("encryption", region=ready.region, **encryption)
 
     def _log_finished(self, name: str, report: RegionReport) -> None:
         self._log.event(

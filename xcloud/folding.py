@@ -32,6 +32,7 @@ from xcloud.manifest import ChunkLayout
 from xcloud.messages import Folded, FoldOrder, Source, Unmasked, UnmaskOrder
 from xcloud.parts import BlobStore, Bundle, PartReader, PartWriter
 from xcloud.privacy.noise import SecureRandom
+from xcloud.secure.ckks import Encrypted
 from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
 from xcloud.secure.identity import Role
 from xcloud.secure.masks import Masker
@@ -47,7 +48,7 @@ from xcloud.secure.post import (
 from xcloud.secure.primitives import TAG_BYTES
 from xcloud.secure.sealed_parts import ChunkReader, ChunkSealer, reader_of
 from xcloud.transport.blobs import Handle
-from xcloud.update import Framing, adds_up
+from xcloud.update import Framing, adds_up, room
 
 __all__ = ["Folder"]
 
@@ -103,7 +104,7 @@ class Folder:
         self._envelope = parsed.envelope
         self._post: Post | None = None
         self.aggregator = parsed.aggregator.build()
-        self.codec, self.relay = parsed.codec.build(), parsed.hierarchy.relay()
+        self.codec, self.relay = parsed.coding.build(), parsed.hierarchy.relay()
         self.encoder = parsed.downlink.build() if cloud is None else self.relay
         self.summed = adds_up(self.codec)
         self.noise = 0.0
@@ -330,7 +331,7 @@ class Folder:
         job, chunks = self.framing.job, range(*mail.chunks)
         plan = round_hash(job, source.round, mail.manifest)
         route = Route(plan, job, source.round, mail.attempt, "up", source.name, chunks)
-        most = largest(max((layout[chunk].length for chunk in chunks), default=0))
+        most = largest(max((room(self.codec, layout[chunk].length) for chunk in chunks), default=0))
         role: Role = "aggregator" if source.relayed else "region"
         try:
             return self._own_post().unwrap(letter, route, role, most, mail.introduced)
@@ -402,7 +403,10 @@ class Folder:
         """This thread's writer, until `_finished` gives it back: after a failure it is half full and is let go."""
         writer: PartWriter | None = getattr(self._own, "writer", None)
         self._own.writer = None
-        return writer or PartWriter(self.blobs.put, [c.length for c in layout], PART_BYTES, TAG_BYTES)
+        if writer is None:
+            lengths = [room(self.codec, chunk.length) for chunk in layout]
+            writer = PartWriter(self.blobs.put, lengths, PART_BYTES, TAG_BYTES)
+        return writer
 
     def _finished(self, writer: PartWriter) -> Bundle:
         bundle, self._own.writer = writer.finish(), writer
@@ -462,6 +466,11 @@ class Folder:
                 )
             if update.hashes:
                 _signed(update, chunk, data)
+            if isinstance(self.codec, Encrypted):
+                try:
+                    self.codec.check(data, length)
+                except ValueError as error:
+                    raise _malformed(update, chunk, error) from None
             if total is None:
                 total = data.copy()
                 continue

@@ -107,6 +107,7 @@ def masked(job: JobConfig, aggregator: ClusterAggregation, secure: SecureConfig)
 def promise(secure: SecureConfig, regions: int, made: bool) -> dict[str, Any]:
     """What holds of a masked run; `made`: whoever starts it holds all keys."""
     return {
+        "scheme": secure.scheme,
         "minimum": secure.survivors,
         "threshold": secure.threshold(regions),
         "colluders": secure.colluders,

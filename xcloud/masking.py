@@ -238,7 +238,9 @@ class MaskedAggregation:
         if sync.opened is None or sync.opened[0] != server.survivors:
             sync.opened = server.survivors, self._opening(plan, server)
         opening = sync.opened[1]
-        total, handles, hashes = self._aggregation.unmask(layout, total, handles, opening)
+        # Encrypted updates wear no masks: these hide what travels beside them, and the regions open the sum.
+        streams = opening if self.config.scheme == "masks" else Masker()
+        total, handles, hashes = self._aggregation.unmask(layout, total, handles, streams)
         result = server.result(hashes, opening)
         confirmed = self._fleet.confirm(total, handles, result.to_wire(), names)
         proof = server.proof(result, server.confirmed(result, confirmed), alone=self.config.groups == 1)
@@ -334,6 +336,7 @@ class MaskedAggregation:
             chunks=chunks,
             most_weight=SCALE,
             tagged=config.verify,
+            scheme=config.scheme,
         )
         raw = sync.to_wire()
         return SignedPlan(plan=raw, signature=self._signer.sign(PLAN, raw))

@@ -17,6 +17,7 @@ from xcloud.errors import MessageError
 __all__ = [
     "Applied",
     "CheckpointFile",
+    "Encryption",
     "FoldOrder",
     "Folded",
     "Message",
@@ -91,15 +92,30 @@ class PrivacyTerms(Message):
     skellam: tuple[float, float, float] | None = None
 
 
+class Encryption(Message):
+    """What homomorphic encryption costs a region in one merge of the whole model, from a short probe in its process.
+
+    `seconds` are of encrypting its update and decrypting the sum, spread over the ranks of its first pool.
+    """
+
+    plain_bytes: int
+    sent_bytes: int
+    encrypt_mb_per_s: float
+    decrypt_mb_per_s: float
+    seconds: float
+
+
 class RegionReady(Message):
     """A region has its engines up and a model in place.
 
     `layout` gives each chunk's elements and matrices, as in `manifest.ChunkLayout`, `fragments` the half-open
-    range of chunk ids of each fragment. `privacy`: of its training; None without differential privacy.
+    range of chunk ids of each fragment. `privacy`: of its training; None without differential privacy. `encryption`: None
+    where updates are not encrypted homomorphically.
     """
 
     region: str
     privacy: PrivacyTerms | None = None
+    encryption: Encryption | None = None
     manifest_digest: str
     model_digest: str
     parameters: int

@@ -29,6 +29,7 @@ from xcloud.aggregators import MeanConfig
 from xcloud.cloud.placement import place_pool
 from xcloud.config import JobConfig, PoolConfig
 from xcloud.errors import (
+    ConfigError,
     DataError,
     DivergenceError,
     MessageError,
@@ -36,9 +37,10 @@ from xcloud.errors import (
     SecurityError,
     TruncatedError,
 )
-from xcloud.manifest import model_hasher
+from xcloud.manifest import Manifest, model_hasher
 from xcloud.messages import (
     Applied,
+    Encryption,
     PoolReport,
     PrivacyTerms,
     Progress,
@@ -54,6 +56,7 @@ from xcloud.messages import (
 from xcloud.parts import Bundle, PartReader, PartWriter
 from xcloud.privacy import PrivacyLedger, Release
 from xcloud.quiet import quiet_environment
+from xcloud.secure.ckks import encrypted_bytes, measure
 from xcloud.secure.envelope import Opening, Route, Sealing, new_secret, table_of
 from xcloud.secure.guard import SCALE, Guard
 from xcloud.secure.identity import Member
@@ -67,7 +70,7 @@ from xcloud.secure.vault import Vault
 from xcloud.training.spec import Beside, Landed, Offer, Trained, WorkerSpec
 from xcloud.transport.blobs import Handle, RayBlobs
 from xcloud.transport.calls import gather
-from xcloud.update import adds_up
+from xcloud.update import adds_up, room
 
 __all__ = ["Region", "group_name"]
 
@@ -156,7 +159,7 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         engine=engine,
         inner=job.inner,
         outer=job.outer,
-        codec=job.codec,
+        codec=job.coding,
         downlink=job.downlink,
         streaming=job.streaming,
         dp=job.dp,
@@ -179,7 +182,7 @@ def share_of(job: JobConfig, region: str) -> float:
 
     It depends on the job and the plan alone, so that it is public and a region knows it before it encodes.
     """
-    if not adds_up(job.codec.build()) or (
+    if not adds_up(job.coding.build()) or (
         isinstance(job.aggregator, MeanConfig) and job.aggregator.weigh_by == "equal"
     ):
         return 1.0
@@ -251,6 +254,8 @@ class Region:
         if self.job.envelope is not None:
             self.post = Post.open(self.name, self.job.envelope)
         secure = self.job.secure_aggregation
+        if secure is not None and secure.scheme == "ckks":
+            measure()  # before minutes are spent on engines
         if secure is not None:  # not in the constructor: an actor that dies there cannot say why
             shares = {region.name: share_of(self.job, region.name) for region in self.job.regions}
             self.guard = open_guard(
@@ -479,7 +484,8 @@ class Region:
         if self.post is None or not total.chunk_bytes:
             return ()
         bound = round_hash(self.job.name, total.round, self.manifest_digest)
-        openings, at, most = [], total.chunks.start, largest(self.job.chunk_size)
+        openings, at = [], total.chunks.start
+        most = largest(room(self.job.coding.build(), self.job.chunk_size))
         for wire in total.letters:
             letter = Letter.from_wire(wire.encode(), "aggregator")
             told = letter.envelope.route
@@ -607,10 +613,12 @@ class Region:
         began = time.perf_counter()
         try:
             sums = self._sums(total, handles)
+            opened = self.guard is not None and bool(total.regions)
+            key = self.guard.masker(total.round).cipher if self.guard is not None and opened else b""
         except (SecurityError, MessageError) as error:
             raise RegionError(self.name, str(error)) from None
         own, beside = sums[0], sums if total.groups else []
-        road = (own.hashes, own.openings)
+        road = (own.hashes, own.openings, key)
         evaluate = evaluate and self.job.evaluation.sequences > 0
         idle = total.lands_in is None
         asked = [
@@ -734,6 +742,7 @@ class Region:
             raise DataError(
                 f"region {self.name!r}: its ranks see different data; expected equal files on its nodes"
             )
+        encryption = self._encryption(manifest)
         loss, tokens = self._evaluate() if evaluate else (math.nan, 0)
         return RegionReady(
             region=self.name,
@@ -750,7 +759,35 @@ class Region:
             pools=self._infos(),
             eval_loss=loss,
             eval_tokens=tokens,
+            encryption=encryption,
         )
+
+    def _encryption(self, manifest: Manifest) -> Encryption | None:
+        """What homomorphic encryption will cost, where updates are encrypted.
+
+        Raises:
+            ConfigError: the model is larger than the job allows for it.
+        """
+        secure = self.job.secure_aggregation
+        if secure is None or secure.scheme != "ckks":
+            return None
+        pace, ranks = measure(), self.settings.pools[0].workers
+        plain, sent = 4 * manifest.size, sum(encrypted_bytes(chunk.length) for chunk in manifest.layout)
+        cost = Encryption(
+            plain_bytes=plain,
+            sent_bytes=sent,
+            encrypt_mb_per_s=pace.encrypt,
+            decrypt_mb_per_s=pace.decrypt,
+            seconds=plain / 1e6 / ranks * (1 / pace.encrypt + 1 / pace.decrypt),
+        )
+        if manifest.size > secure.most_parameters:
+            raise ConfigError(
+                f"region {self.name!r}: secure_aggregation.scheme ckks is for the updates of adapters: this model of "
+                f"{manifest.size:,} parameters would send {sent / 1e6:,.1f} MB for {plain / 1e6:,.1f} MB of fp32 and compute "
+                f"for {cost.seconds:,.1f} s in each round; expected at most {secure.most_parameters:,} parameters "
+                "(secure_aggregation.most_parameters), or scheme masks"
+            )
+        return cost
 
     def _infos(self) -> tuple[tuple[RankInfo, ...], ...]:
         """What every rank holds."""

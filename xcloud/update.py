@@ -22,13 +22,14 @@ import numpy as np
 import xxhash
 
 from xcloud.codecs import Array, Bytes, Codec, Frame, Identity, Ring, ring_of
-from xcloud.errors import AggregationError
+from xcloud.errors import AggregationError, RegionError
 from xcloud.manifest import ChunkLayout
 from xcloud.messages import RoundSum
+from xcloud.secure.ckks import Encrypted, cipher_of, most_of
 from xcloud.secure.masks import Masker
 from xcloud.secure.tags import Sealed, sealed, tags_of
 
-__all__ = ["Framing", "UpdatePath", "adds_up"]
+__all__ = ["Framing", "UpdatePath", "adds_up", "room"]
 
 
 def adds_up(codec: Codec) -> bool:
@@ -38,6 +39,13 @@ def adds_up(codec: Codec) -> bool:
     aggregator takes saves every region two passes over its update.
     """
     return codec.linear and not isinstance(codec, Identity)
+
+
+def room(codec: Codec, length: int) -> int:
+    """fp32 elements whose bytes hold a chunk of `length` of them, before and after it is encoded."""
+    if not isinstance(codec, Encrypted):
+        return length
+    return max(length, -(-codec.ring(length, Frame()).size // 4))
 
 
 class Framing:
@@ -96,6 +104,40 @@ class UpdatePath:
         if codec.feedback:
             self.residual = {c: np.zeros(layout[c].length, np.float32) for c in owned}
 
+    def protect(self, round: int, chunk: int, encoded: Bytes, masker: Masker) -> tuple[Bytes, Sealed]:
+        """An encoding as it leaves the region, masked in place or encrypted, and what is signed of it.
+
+        Raises:
+            RegionError: a value is too large for the sum of all regions to be decrypted.
+        """
+        if not masker.cipher:
+            return encoded, self.mask(round, chunk, encoded, masker)
+        values, most = encoded.view(np.float32), most_of(self.framing.members)
+        largest = float(np.abs(values).max(initial=0))
+        if not largest <= most:
+            raise RegionError(
+                self.framing.region,
+                f"chunk {chunk} of its update holds {largest:.3g}, and secure_aggregation.scheme ckks carries up to "
+                f"{most:.3g} for each of {self.framing.members} regions; it was not sent",
+            )
+        sent = cipher_of(masker.cipher).encrypt(values)
+        return sent, sealed(sent, (0, 0))
+
+    def bare(self, round: int, chunk: int, sent: Bytes, masker: Masker) -> Bytes:
+        """The encoding that `protect` was given, from what it made of it (used up); rounded, if it was encrypted."""
+        if not masker.cipher:
+            self.unmask(round, chunk, sent, masker)
+            return sent
+        return self.opened(chunk, sent, masker.cipher)
+
+    def opened(self, chunk: int, data: Bytes, key: bytes) -> Bytes:
+        """An encrypted chunk or sum, decrypted: what `decode` takes.
+
+        Raises:
+            SecurityError: it is none.
+        """
+        return cipher_of(key).decrypt(data, self.layout[chunk].length).view(np.uint8)
+
     def mask(self, round: int, chunk: int, encoded: Bytes, masker: Masker) -> Sealed:
         """Mask an encoding in place; returns what is signed of it."""
         ring = self._ring(round, chunk)
@@ -116,6 +158,8 @@ class UpdatePath:
         ring = self._ring(round, chunk)
         if total.nbytes != ring.size:
             raise ValueError(f"chunk {chunk} of the sum has {total.nbytes} bytes, expected {ring.size}")
+        if isinstance(self.codec, Encrypted):
+            self.codec.check(total, self.layout[chunk].length)
         return sealed(total, tags_of(total, chunk, ring, tag) if tag else (0, 0))
 
     def _ring(self, round: int, chunk: int) -> Ring:

@@ -58,7 +58,7 @@ class Grid:
             kernels.rotate(values[start : start + kernels.BLOCK], frame.shared, start // kernels.BLOCK)
             for start in range(0, values.size, kernels.BLOCK)
         ]
-        integers = np.rint(np.concatenate(turned).astype(np.float64) / self.step)
+        integers = np.rint(np.concatenate([np.empty(0), *turned]) / self.step)
         whole = np.clip(integers, -self.limit, self.limit).astype(np.int64)
         if self.noise is not None:
             whole += self.noise(whole.size)

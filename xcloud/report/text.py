@@ -131,8 +131,16 @@ def event_line(event: Event, width: int | None = None) -> str | None:
         return f"{region} missed the deadline of round {number}"
     if event.kind == "region_refused":
         return f"{region} is out of the merge of round {number}: {_first_line(get('reason'))}"
+    if event.kind == "encryption":
+        told = event.fields
+        return (
+            f"{region}: {human_bytes(told['plain_bytes'])} of fp32 are {human_bytes(told['sent_bytes'])} under CKKS, "
+            f"encrypted at {told['encrypt_mb_per_s']:.1f} MB/s and decrypted at {told['decrypt_mb_per_s']:.1f} here: "
+            f"{human_seconds(told['seconds'])} a round"
+        )
     if event.kind == "secure_aggregation":
-        line = f"masked: sums of at least {get('minimum')} regions are opened, by at least {get('threshold')} of them"
+        how = "encrypted (CKKS)" if get("scheme") == "ckks" else "masked"
+        line = f"{how}: sums of at least {get('minimum')} regions are opened, by at least {get('threshold')} of them"
         return f"{line}; keys made for this run in {get('made')}" if get("made") else line
     if event.kind == "privacy_started":
         ratio = float(event.fields.get("noise_to_signal_ratio", math.nan))

@@ -118,6 +118,10 @@ def _check(config: SecureConfig, plan: SyncPlan) -> None:
             f"plan of round {plan.round}: threshold {plan.threshold} of {len(plan.cohort)} regions, expected at least "
             f"{needed} with {config.colluders} that may collude"
         )
+    if plan.scheme != config.scheme:
+        raise PolicyError(
+            f"plan of round {plan.round}: its scheme is {plan.scheme}, the job says {config.scheme}"
+        )
     if config.verify and not plan.tagged:
         raise PolicyError(
             f"plan of round {plan.round}: it leaves out the tags that the job promises (verify)"
@@ -155,6 +159,7 @@ def _facts(plan: SyncPlan, ring_bits: int, privacy: PrivacyFacts | None) -> Plan
         minimum_survivors=plan.minimum,
         ring_bits=ring_bits,
         privacy=privacy,
+        one_opens_all=plan.scheme == "ckks",
     )
 
 

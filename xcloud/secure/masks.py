@@ -38,12 +38,14 @@ PIECE = 1 << 17
 class Masker:
     """Keys of streams to add to and to take off an encoding; 32 bytes each. Plain bytes: a region hands it to its ranks.
 
-    `tag` is the key of the tags' weights (`secure.tags`), where the sync has tags.
+    `tag` is the key of the tags' weights (`secure.tags`), where the sync has tags; `cipher` stands for the secret key of
+    `secure.ckks`, where updates are encrypted and the streams hide no more than what travels beside them.
     """
 
     added: tuple[bytes, ...] = ()
     taken: tuple[bytes, ...] = ()
     tag: bytes = b""
+    cipher: bytes = b""
 
     def apply(self, data: Bytes, chunk: int, ring: Ring) -> None:
         """Mask one chunk's encoding in place (contiguous uint8, writable).

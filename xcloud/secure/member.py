@@ -327,11 +327,14 @@ class Sync:
             if peer != self.name:
                 key = pair_key(self._mask_key, self._adverts[peer].mask, self._context(), self.name, peer)
                 (added if self.name < peer else taken).append(key)
-        tag = b""
+        # Of all regions and nobody else: each part was sealed for its receiver, and checked against its commitment.
+        seed = digest("xcloud/tag-seed/v1", self.hash, [tags[peer] for peer in sorted(tags)])
+        tag = cipher = b""
         if self.plan.tagged:
-            seed = digest("xcloud/tag-seed/v1", self.hash, [tags[peer] for peer in sorted(tags)])
             tag = hkdf(seed, self.hash, "xcloud/tags/v1", self.first, self.second)
-        return Masker(tuple(added), tuple(taken), tag)
+        if self.plan.scheme == "ckks":
+            cipher = hkdf(seed, self.hash, "xcloud/ckks/v1", self.first, self.second)
+        return Masker(tuple(added), tuple(taken), tag, cipher)
 
     # -- the update -----------------------------------------------------------------------
 

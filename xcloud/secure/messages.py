@@ -6,7 +6,7 @@ plan, whose very bytes are signed and hashed (`SignedPlan`).
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
@@ -72,6 +72,7 @@ class SyncPlan(SecureMessage):
         chunks: half-open range of chunk ids; (0, 0): all of the layout's.
         most_weight: the largest weight one region may have.
         tagged: whether regions check the sum by its tags (`secure.tags`).
+        scheme: what hides updates (`secure.masks`, `secure.ckks`).
     """
 
     job: Name
@@ -88,6 +89,7 @@ class SyncPlan(SecureMessage):
     chunks: tuple[Count, Count]
     most_weight: Annotated[int, Field(ge=1, lt=1 << 48)] = 1
     tagged: bool = False
+    scheme: Literal["masks", "ckks"] = "masks"
 
     @model_validator(mode="after")
     def _each_once(self) -> SyncPlan:

@@ -55,6 +55,7 @@ class PlanFacts:
         cohort: names of the regions that take part.
         model: digest of the model that the round starts from, in hexadecimal digits.
         threshold, minimum_survivors, ring_bits: of secure aggregation; None without it.
+        one_opens_all: every region has the key that opens every update (`secure.ckks`).
         privacy: None where nothing is private.
     """
 
@@ -66,6 +67,7 @@ class PlanFacts:
     threshold: int | None = None
     minimum_survivors: int | None = None
     ring_bits: int | None = None
+    one_opens_all: bool = False
     privacy: PrivacyFacts | None = None
 
 
@@ -195,6 +197,10 @@ class Policy:
 
     def _check_aggregation(self, facts: PlanFacts) -> None:
         rules, regions = self._rules, len(facts.cohort)
+        if facts.one_opens_all and rules.colluders:
+            self._refuse(
+                "colluders", "scheme ckks, with which one colluder opens every update", "scheme masks"
+            )
         least = threshold(regions, rules.colluders)
         if facts.threshold is None or not least <= facts.threshold <= regions:
             self._refuse(

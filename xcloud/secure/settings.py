@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from xcloud.secure.member import minimum_survivors, threshold
 from xcloud.secure.primitives import digest
@@ -30,6 +30,8 @@ class SecureConfig(BaseModel):
         allow_two: let two regions merge, though each then learns the other's update from the sum.
         groups: regions are dealt into so many groups, anew in every round; each has a sum of its own, and what is applied is
             the median of the groups' means, coordinate by coordinate (arXiv 2110.02940). 1: one sum, and its mean.
+        scheme: `masks`, or `ckks`: homomorphic encryption (`secure.ckks`), for the updates of adapters.
+        most_parameters: the largest model that `ckks` takes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +42,27 @@ class SecureConfig(BaseModel):
     verify: bool = False
     allow_two: bool = False
     groups: Annotated[int, Field(ge=1)] = 1
+    scheme: Literal["masks", "ckks"] = "masks"
+    most_parameters: Annotated[int, Field(ge=1)] = 8_000_000
+
+    @model_validator(mode="after")
+    def _fits_scheme(self) -> SecureConfig:
+        if self.scheme == "ckks" and self.colluders:
+            raise ValueError(
+                f"colluders is {self.colluders}, while scheme ckks gives every region the key that opens every update: one "
+                "that works with the aggregator opens all; expected colluders 0, or scheme masks"
+            )
+        if self.scheme == "ckks" and self.verify:
+            raise ValueError(
+                "verify checks sums of integers to the last bit, while scheme ckks opens sums that are rounded; expected "
+                "verify false, or scheme masks"
+            )
+        if self.scheme == "ckks" and self.groups > 1:
+            raise ValueError(
+                f"groups is {self.groups}, while with scheme ckks the regions of a group alone can open its sum; expected "
+                "groups: 1, or scheme masks"
+            )
+        return self
 
     @property
     def survivors(self) -> int:

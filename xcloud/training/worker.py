@@ -68,7 +68,7 @@ from xcloud.training.muon import Muon
 from xcloud.training.parameters import open_parameters
 from xcloud.training.private import PrivateSteps, agreed_terms
 from xcloud.training.spec import Beside, Landed, Offer, Trained, WorkerSpec
-from xcloud.update import Framing, UpdatePath
+from xcloud.update import Framing, UpdatePath, room
 
 __all__ = ["RankWorker"]
 
@@ -140,7 +140,8 @@ class RankWorker:
         codecs = self._noisy(spec.codec.build()), spec.downlink.build()
         divisor = spec.members if spec.dp is not None and spec.dp.distributed else None
         self.path = UpdatePath(*codecs, framing, self.manifest.layout, self.chunks.ids, divisor)
-        self.writer = PartWriter(self.blobs.put, self.chunks.lengths, extra=TAG_BYTES)
+        rooms = [room(codecs[0], length) for length in self.chunks.lengths]
+        self.writer = PartWriter(self.blobs.put, rooms, extra=TAG_BYTES)
         self.outer = spec.outer.build()
         self.anchor = self.chunks.empty()
         self.chunks.gather(lambda name: named[name].data.reshape(-1), self.anchor)
@@ -371,7 +372,8 @@ class RankWorker:
     def _send(self, plan: RoundPlan, chunk: int, delta: Array, share: float, road: _Road) -> None:
         encoded = self.path.encode(plan.round, chunk, delta, share)
         if road.masker is not None:
-            road.signed.append(self.path.mask(plan.round, chunk, encoded, road.masker))
+            encoded, signed = self.path.protect(plan.round, chunk, encoded, road.masker)
+            road.signed.append(signed)
         self.writer.add(chunk, road.sealer.sealed(chunk, encoded))
 
     def _offered(self, road: _Road, norm_squared: float, began: float) -> Offer:
@@ -392,9 +394,9 @@ class RankWorker:
         road = _Road(new, sealing)
         for chunk in self.chunks.ids:
             if chunk in self._merged_in(plan):
-                encoded = reader.read(chunk).copy()
-                self.path.unmask(plan.round, chunk, encoded, old)
-                road.signed.append(self.path.mask(plan.round, chunk, encoded, new))
+                encoded = self.path.bare(plan.round, chunk, reader.read(chunk).copy(), old)
+                encoded, signed = self.path.protect(plan.round, chunk, encoded, new)
+                road.signed.append(signed)
                 self.writer.add(chunk, road.sealer.sealed(chunk, encoded))
         return self._offered(road, 0.0, began)
 
@@ -413,6 +415,7 @@ class RankWorker:
         evaluate: bool = False,
         hashes: Sequence[bytes] = (),
         openings: Sequence[Opening] = (),
+        key: bytes = b"",
         beside: Sequence[Beside] = (),
     ) -> Landed:
         """Take up a merged update now, between two rounds.
@@ -423,12 +426,13 @@ class RankWorker:
             evaluate: the new model, too.
             hashes: SHA-256 that each chunk of the merged update must have, where the regions have signed it.
             openings: of the envelopes that its chunks lie in; none: they travel as they are.
+            key: that the sum is encrypted under; none: it is open.
             beside: sums of all groups, where there are several: what is taken up is the median of their means.
 
         Raises:
             RegionError: a chunk is not what was signed.
         """
-        gradient = self._opened(total, merged, hashes, openings)
+        gradient = self._opened(total, merged, hashes, openings, key)
         if beside:
             gradient = self._median(
                 [self._opened(one.total, one.merged, one.hashes, one.openings) for one in beside]
@@ -484,6 +488,7 @@ class RankWorker:
         merged: Bundle,
         hashes: Sequence[bytes],
         openings: Sequence[Opening] = (),
+        key: bytes = b"",
         keep: bool = False,
     ) -> Gradient:
         """Each chunk of the merged update; valid until the next, unless it is to be kept."""
@@ -497,6 +502,11 @@ class RankWorker:
                 raise RegionError(
                     self.spec.region, f"chunk {chunk} of the sum is not what the regions have signed"
                 )
+            if key:
+                try:
+                    data = self.path.opened(chunk, data, key)
+                except SecurityError as error:
+                    raise RegionError(self.spec.region, f"chunk {chunk} of the sum: {error}") from None
             return self.path.decode(chunk, data, total)
 
         return opened
@@ -508,6 +518,7 @@ class RankWorker:
         evaluate: bool = False,
         hashes: Sequence[bytes] = (),
         openings: Sequence[Opening] = (),
+        key: bytes = b"",
     ) -> Landed:
         """Hand a merged update to the round that is under way, from another thread; see `apply`.
 
@@ -515,7 +526,7 @@ class RankWorker:
         """
         landing = self._landing(total.round)
         try:
-            opened = self._opened(total, merged, hashes, openings, keep=True)
+            opened = self._opened(total, merged, hashes, openings, key, keep=True)
             ready = {chunk: opened(chunk) for chunk in self.chunks.ids if chunk in total.chunks}
         except BaseException as error:
             landing.arrived.set_exception(error)  # the round waits for it
