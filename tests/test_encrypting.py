@@ -382,7 +382,7 @@ def test_a_scheme_makes_other_updates(tmp_path: Path) -> None:
 
 def test_a_model_that_is_too_large_is_refused_with_its_price() -> None:
     region = region_of(
-        SimpleNamespace(job=job(secure={"most_parameters": 10_000}), guards={"r0": None}), "r0"
+        SimpleNamespace(job=job(secure={"most_parameters": 10_000}), guards={"r0": None}, layout=()), "r0"
     )  # type: ignore[arg-type]
     large = SimpleNamespace(size=20_000, layout=(ChunkLayout(20_000),))
     with pytest.raises(ConfigError) as raised:
@@ -402,7 +402,7 @@ def test_a_region_without_the_package_says_so_before_it_starts_anything(
 ) -> None:
     ckks.measure.cache_clear()
     monkeypatch.setitem(sys.modules, "tenseal.sealapi", None)
-    region = region_of(SimpleNamespace(job=job(envelope=None), guards={"r0": None}), "r0")  # type: ignore[arg-type]
+    region = region_of(SimpleNamespace(job=job(envelope=None), guards={"r0": None}, layout=()), "r0")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"pip install 'xcloud\[he\]'"):
         region.start(False)
     assert region.pools == []

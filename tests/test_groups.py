@@ -18,7 +18,7 @@ from tests.strategies import Array, quick
 from tests.test_masking import World, region_of, updates_of
 from xcloud.errors import ConfigError, RegionError, SecurityError
 from xcloud.messages import RoundSum
-from xcloud.secure.messages import Proof
+from xcloud.secure.messages import Proof, SyncPlan
 from xcloud.secure.settings import SecureConfig
 
 TWELVE = [f"r{i}" for i in range(12)]
@@ -190,6 +190,40 @@ def test_a_sum_of_an_earlier_round_is_not_taken(world: World) -> None:
         lie = total.model_copy(update={"groups": (mine, others[0], stale)})
         with pytest.raises(SecurityError):
             region_of(world, "r0")._sums(lie, handles)
+
+
+@pytest.mark.parametrize("which", ["no regions", "cut", "another round", "another attempt"])
+def test_a_header_that_says_otherwise_than_its_groups_is_refused(world: World, which: str) -> None:
+    total, handles = world.play(updates_of(world))
+    name = total.groups[0].regions[0]
+    own = next(group for group in total.groups if name in group.regions)
+    stale = tuple(
+        g if g is own else g.model_copy(update={"round": 2 if which == "another round" else 1, "attempt": 9})
+        for g in total.groups
+    )
+    changes: dict[str, Any] = {
+        "no regions": {"regions": (), "groups": (own,)},
+        "cut": {"chunk_bytes": total.chunk_bytes[:2], "parts": ((0, 2),)},
+        "another round": {"groups": stale},
+        "another attempt": {"groups": stale},
+    }[which]
+    with pytest.raises(SecurityError):
+        region_of(world, name)._sums(total.model_copy(update=changes), handles)
+
+
+def test_a_driver_does_not_deal(world: World) -> None:
+    signed = world.merging._signed
+    world.merging._start = 1
+    region = region_of(world, "r0")
+    region.manifest_digest = region.model_digest = ""
+    own = next(group for group in groups_of(world) if "r0" in group)
+    good = SyncPlan.from_wire(signed(world.plan(), own).plan, "driver")
+    region._check(good)
+    for cohort in (world.names[:4], [*own[:3], next(n for n in world.names if n not in own)]):
+        if set(cohort) <= set(own):
+            continue
+        with pytest.raises(SecurityError, match="its cohort is none of the groups that were dealt"):
+            region._check(SyncPlan.from_wire(signed(world.plan(), cohort).plan, "driver"))
 
 
 REFUSED = [

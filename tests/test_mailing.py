@@ -392,6 +392,120 @@ def test_a_chunk_longer_than_any_encoding_is_refused_before_room_is_made_for_it(
         region._openings(total)
 
 
+def test_a_cut_or_emptied_merge_is_refused() -> None:
+    world = World(aggregation_actors=2)
+    world.send_all()
+    total, _ = world.merge()
+    region = world.regions["r0"]
+    cut = {"letters": total.letters[:1], "parts": ((0, 3),), "chunk_bytes": total.chunk_bytes[:3]}
+    for changes in (cut, {"parts": (), "chunk_bytes": (), "letters": ()}):
+        with pytest.raises(TruncatedError, match="as planned"):
+            region._openings(total.model_copy(update=changes))
+
+
+def test_the_sum_of_an_earlier_attempt_is_refused() -> None:
+    world = World()
+    world.send_all()
+    first, _ = world.merge()
+    second, handles = world.merge(attempt=2)
+    assert world.open("r0", second, handles)
+    with pytest.raises(ReplayError, match="attempt 1, expected 2"):
+        world.regions["r0"]._openings(first)
+
+
+def test_a_region_that_offers_the_aggregators_key_as_its_own_harms_nobody() -> None:
+    world = World()
+    world.send_all()
+    keys: list[Any] = []
+
+    def change(name: str, answer: bytes) -> bytes:
+        posted = Posted.from_wire(answer, name)
+        if name != "r2":
+            return answer
+        keys.extend(PostOrder.from_wire(world.heard[-1], "driver").receivers)
+        return posted.model_copy(update={"keys": (*keys, *posted.keys)}).to_wire()
+
+    world.change = change
+    total, handles = world.merge()
+    assert keys
+    assert world.open("r0", total, handles) == plain_chunks(world)
+
+
+def test_a_copied_card_is_its_copiers_fault() -> None:
+    """In the default mode a copied key would make the roster of all parties unusable."""
+    world = World()
+    world.send_all()
+    cards: dict[str, Any] = {}
+
+    def change(name: str, answer: bytes) -> bytes:
+        posted = Posted.from_wire(answer, name)
+        cards[name] = posted.card
+        if name != "r1":
+            return answer
+        stolen = posted.card.model_copy(update={"key": cards["r0"].key})
+        return posted.model_copy(update={"card": stolen}).to_wire()
+
+    world.change = change
+    with pytest.raises(RegionError, match="without an envelope") as told:
+        world.merge()
+    assert told.value.region == "r1"
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_report_of_no_such_round_is_its_regions_fault(number: int) -> None:
+    world = World()
+    world.send_all()
+    header, handles = world.offers["r1"]
+    world.offers["r1"] = header.model_copy(update={"round": number}), handles
+    with pytest.raises(RegionError, match=f"reports round {number}, expected 1 to 1") as told:
+        world.merge()
+    assert told.value.region == "r1"
+
+
+def test_folders_forget_the_keys_of_rounds_that_are_over() -> None:
+    world = World()
+    for number in (1, 2, 3):
+        world.send_all(number)
+        world.merge(number)
+    post = world.crew.folder(0)._post
+    assert post is not None
+    assert [round for _, round in post._keys] == [3]
+
+
+def test_a_sum_that_a_region_has_missed_opens_with_the_company_of_its_merge() -> None:
+    world = World(buffer={"goal": 2})
+    world.send_all(1)
+    first, handles = world.merge(1)
+    expected = world.open("r0", first, handles)
+    world.crew.folders.clear()  # the actor was restarted: another identity
+    world.send_all(2)
+    world.merge(2)
+    assert world.open("r1", first, handles) == expected
+
+
+def test_an_update_is_sealed_for_the_root_and_its_own_clouds_actor_alone() -> None:
+    world = World(("aws", "aws", "gcp", "gcp"), hierarchy="cloud")
+    world.send_all()
+    world.merge()
+    answers = [Posted.from_wire(data, "region") for data in world.heard[1::2]]
+    wraps = {a.card.name: set(a.letter.envelope.wraps) for a in answers if a.letter is not None}
+    assert wraps["r0"] == {"aggregator", "aggregator-of-aws"}
+    assert wraps["r3"] == {"aggregator", "aggregator-of-gcp"}
+
+
+def test_a_cloud_whose_actor_could_not_be_named_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the cloud 'my cloud' has an aggregator that is named after it"):
+        job_of(["my cloud", "my cloud", "gcp"], hierarchy="cloud")
+    job_of(["my cloud", "gcp"])
+
+
+def test_a_key_that_was_just_made_is_not_dropped_for_older_ones() -> None:
+    post = Post(Identity.generate("r0"))
+    post.answer(PostOrder(job="m", rounds=tuple(range(2, 80)), attempt=1))
+    (key,) = post.answer(PostOrder(job="m", rounds=(1,), attempt=1)).keys
+    assert key.round == 1
+
+
 # -- pinned keys -------------------------------------------------------------------------------
 
 

@@ -79,5 +79,28 @@ def test_a_job_without_noise_does_not_pass_a_budget(folder: Path) -> None:
 
 
 def test_a_model_that_the_region_does_not_hold_is_refused(folder: Path) -> None:
+    region = region_of(folder, RULES + "protection: envelope\n")
+    region._reached = True
     with pytest.raises(PolicyError, match="models"):
-        region_of(folder, RULES + "protection: envelope\n")._allow(2, "e" * 32)
+        region._allow(2, "e" * 32)
+
+
+def test_a_first_model_is_looked_up_whatever_the_round_is_called(folder: Path) -> None:
+    """A driver that begins with round 2 has no more choice than one that begins with round 1."""
+    rules = RULES.replace("models: any", f"models: [{'a' * 32}]") + "protection: envelope\n"
+    region = region_of(folder, rules)
+    for number in (1, 2):
+        with pytest.raises(PolicyError, match="models"):
+            region._allow(number, "d" * 32)
+    region._reached = True
+    region._allow(2, "d" * 32)
+
+
+def test_a_round_that_is_asked_for_again_and_again_spends_the_budget(folder: Path) -> None:
+    dp = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5}
+    region = region_of(folder, RULES, dp=dp, inner={"steps": 10, "clip_norm": None})
+    region.terms = TERMS
+    region._latest, region._repeated = 5, 3  # rounds 1 to 5, and three of them once more
+    spent = region._privacy_after(1)
+    assert spent is not None
+    assert spent.epsilon == epsilon_of([Mechanism(0.01, 1.0, 10 * 9)], 1e-5)

@@ -40,7 +40,7 @@ from xcloud.messages import (
 from xcloud.parts import Bundle
 from xcloud.policies import BufferConfig
 from xcloud.secure.masks import Masker
-from xcloud.secure.post import Letter, aggregator_name
+from xcloud.secure.post import Letter, PostOrder, aggregator_name
 from xcloud.transport.blobs import Copies, Handle, RayBlobs
 from xcloud.transport.calls import gather, in_own_words, later
 from xcloud.update import adds_up
@@ -451,8 +451,16 @@ class ClusterAggregation:
 
     def open(self, plan: RoundPlan, fleet: Any) -> str | None:
         """What stands in the way of a round; nothing where updates are not masked."""
-        del plan
-        if self._mailing is not None:
+        if self._mailing is not None and self._mailing.parties is None:
+            # A key that is missing is told before a round was trained, and not after.
+            order = PostOrder(job=plan.job, rounds=(plan.round,), attempt=plan.attempt)
+            try:
+                self.ask("receiver", {share: (order.to_wire(),) for share in range(self._shares)})
+            except ray.exceptions.RayError as error:
+                said = in_own_words("the aggregator", error)
+                if isinstance(said, RegionError):
+                    return str(said)
+                raise said from None
             self._mailing.parties = fleet
         return None
 

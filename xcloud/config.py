@@ -7,6 +7,7 @@ problem with its key's path, what was expected and the nearest known name.
 from __future__ import annotations
 
 import importlib
+import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -227,6 +228,14 @@ class JobConfig(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"regions: the name {twice[0]!r} is used twice; names must be unique")
+        odd = next(
+            (r.cloud for r in self.regions if not re.fullmatch(NAME, f"aggregator-of-{r.cloud}")), None
+        )
+        if odd is not None and self.hierarchy.type == "cloud" and self.envelope is not None:
+            raise ValueError(
+                f"regions: the cloud {odd!r} has an aggregator that is named after it; expected letters, digits, '_', '.' and "
+                "'-', at most 49 of them"
+            )
         taken = next((name for name in names if is_reserved(name)), None)
         if taken is not None:
             raise ValueError(

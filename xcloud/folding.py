@@ -137,7 +137,11 @@ class Folder:
         Raises:
             KeyFileError: names the key file that it needs and that is missing or wrong.
         """
-        return self._own_post().answer(PostOrder.from_wire(order, "driver")).to_wire()
+        asked, post = PostOrder.from_wire(order, "driver"), self._own_post()
+        post.forget(
+            min(asked.rounds, default=1) - 1
+        )  # an update of before then gets a new header, if it is still merged
+        return post.answer(asked).to_wire()
 
     def _own_post(self) -> Post:
         if self._post is None:  # not in the constructor: an actor that dies there cannot say why

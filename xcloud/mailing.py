@@ -15,7 +15,7 @@ from xcloud.errors import MessageError, RegionError
 from xcloud.messages import RoundPlan
 from xcloud.secure.envelope import ReceiverKey
 from xcloud.secure.identity import Member, Role
-from xcloud.secure.post import Letter, Mail, Posted, PostOrder
+from xcloud.secure.post import Letter, Mail, Posted, PostOrder, aggregator_name
 
 __all__ = ["Arranged", "Mailing", "Parties"]
 
@@ -108,6 +108,9 @@ class Mailing:
             MessageError: a folder answers nonsense.
         """
         assert self.parties is not None, "set before anything is merged"
+        for name, number in rounds.items():
+            if not 1 <= number <= plan.round:
+                raise RegionError(name, f"reports round {number}, expected 1 to {plan.round}")
         clouds = [cloud for cloud in self._clouds(rounds) if self.job.hierarchy.type == "cloud"]
         order = PostOrder(
             job=self.job.name, rounds=tuple(sorted({plan.round, *rounds.values()})), attempt=plan.attempt
@@ -123,7 +126,7 @@ class Mailing:
                 "introduced": () if pinned else tuple(members),
             }
         )
-        posted = self._regions(plan, order, rounds)
+        posted = self._regions(plan, order, rounds, members)
         members += [_member(one, "region") for one in posted.values()]
         return Arranged(
             attempt=plan.attempt,
@@ -135,18 +138,32 @@ class Mailing:
             introduced=() if pinned else tuple(members),
         )
 
-    def _regions(self, plan: RoundPlan, order: PostOrder, rounds: Mapping[str, int]) -> dict[str, Posted]:
+    def _for(self, region: str, keys: Sequence[ReceiverKey]) -> tuple[ReceiverKey, ...]:
+        """The folders that may open a region's update: the root's, and that of its own cloud."""
+        near = aggregator_name(self.job.region(region).cloud)
+        root = {aggregator_name(share) for share in range(self.job.aggregation_actors)}
+        return tuple(key for key in keys if key.name in root or key.name == near)
+
+    def _regions(
+        self, plan: RoundPlan, order: PostOrder, rounds: Mapping[str, int], members: Sequence[Member]
+    ) -> dict[str, Posted]:
         assert self.parties is not None, "set before anything is merged"
-        asked = dict.fromkeys(dict.fromkeys((*rounds, *self.parties.ready)), order.to_wire())
+        asked = {
+            name: order.model_copy(update={"receivers": self._for(name, order.receivers)}).to_wire()
+            for name in dict.fromkeys((*rounds, *self.parties.ready))
+        }
         answers = self.parties.relay("post", plan.round, asked)
-        posted = {}
+        posted, taken = {}, {member.key for member in members}
         for name, data in answers.items():
             try:
                 answer = Posted.from_wire(data, name)
             except MessageError:
                 continue  # told below, if its update is to be merged; else it cannot open the sum, and is lost then
-            if answer.card.name == name:
-                posted[name] = answer
+            if answer.card.name != name or answer.card.key in taken or not answer.card.proved:
+                continue  # a key that is another's would have the others refuse the whole roster
+            taken.add(answer.card.key)
+            own = tuple(key for key in answer.keys if key.name == name and key.round == plan.round)
+            posted[name] = answer.model_copy(update={"keys": own[:1]})
         for name in rounds:
             if name not in posted or posted[name].letter is None:
                 raise RegionError(name, "its update came without an envelope")

@@ -34,6 +34,7 @@ from xcloud.errors import (
     DivergenceError,
     MessageError,
     RegionError,
+    ReplayError,
     SecurityError,
     TruncatedError,
 )
@@ -64,7 +65,7 @@ from xcloud.secure.local import open_guard, open_policy, open_vault
 from xcloud.secure.masks import Masker
 from xcloud.secure.messages import Result, SyncPlan
 from xcloud.secure.policy import PlanFacts, Policy, PrivacyFacts
-from xcloud.secure.post import Letter, Post, PostOrder, largest, round_hash
+from xcloud.secure.post import Letter, Post, PostOrder, aggregator_name, largest, round_hash
 from xcloud.secure.settings import LEAST_GROUPS
 from xcloud.secure.vault import Vault
 from xcloud.training.spec import Beside, Landed, Offer, Trained, WorkerSpec
@@ -236,7 +237,9 @@ class Region:
         self.policy: Policy | None = None
         self.terms: PrivacyTerms | None = None
         self._latest = self._repeated = 0
-        self._introduced: tuple[Member, ...] = ()
+        self._reached = False  # its model by a merge or a checkpoint, and not as a first one
+        self._planned: dict[int, range] = {}  # chunks that a round merges
+        self._asked: dict[int, tuple[int, tuple[Member, ...]]] = {}  # attempt and company of a merge
         self._shown = False
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}
@@ -259,7 +262,13 @@ class Region:
         if secure is not None:  # not in the constructor: an actor that dies there cannot say why
             shares = {region.name: share_of(self.job, region.name) for region in self.job.regions}
             self.guard = open_guard(
-                secure, self.name, shares, self.job.ring_bits, self._check, self._privacy_after
+                secure,
+                self.name,
+                shares,
+                self.job.ring_bits,
+                self._check,
+                self._privacy_after,
+                lambda: self._reached,
             )
         self.policy = open_policy(self.name, secure, self.job.envelope)
         self.vault = open_vault(self.job.name, self.name, secure, self.job.envelope)
@@ -317,6 +326,7 @@ class Region:
                 f"round {plan.round} was planned for {plan.model_digest[:12]}"
             )
         self._allow(plan.round, plan.model_digest)
+        self._planned[plan.round] = range(*plan.chunks) if plan.chunks else range(self._chunk_count)
         again = self.pending is not None and (self.pending.report.round == plan.round or self.job.buffer)
         if not again:
             self.pending = self._train(plan)
@@ -346,14 +356,14 @@ class Region:
             model=model,
             privacy=self._privacy_after(number),
         )
-        self.policy.check(facts, own_model=self.model_digest if number > 1 else None)
+        self.policy.check(facts, own_model=self.model_digest if self._reached else None)
 
     def _privacy_after(self, number: int) -> PrivacyFacts | None:
         """What differential privacy costs this region's data in all rounds up to one, and in those that were trained twice here."""
         dp, terms = self.job.dp, self.terms
         if dp is None or terms is None:
             return None
-        rounds = number + self._repeated
+        rounds = max(number, self._latest) + self._repeated + (number <= self._latest)
         steps = rounds if terms.unit == "region" else rounds * self.job.inner.steps
         release = Release(round=number, region=self.name, steps=steps, terms=terms)
         spent = PrivacyLedger(unit=terms.unit, delta=dp.delta, releases=(release,))
@@ -462,7 +472,8 @@ class Region:
         if self.post is None or order.job != self.job.name:
             raise SecurityError(f"region {self.name!r} has no envelopes for job {order.job!r}")
         pending, letter = self.pending, None
-        self._introduced = (*order.introduced, Member.of(self.post.identity, "region"))
+        introduced = (*order.introduced, Member.of(self.post.identity, "region"))
+        self._asked[max(order.rounds)] = order.attempt, introduced
         offered = {key.round for key in order.receivers}
         if pending is not None and pending.sealing is not None and pending.report.round in offered:
             letter = self.post.wrap(
@@ -471,7 +482,7 @@ class Region:
                 order.attempt,
                 order.receivers,
                 "aggregator",
-                self._introduced,
+                introduced,
             )
         return self.post.answer(order, letter).to_wire()
 
@@ -481,8 +492,22 @@ class Region:
         Raises:
             SecurityError: it lies in none, in one of another merge, or not all of it does.
         """
-        if self.post is None or not total.chunk_bytes:
+        if not total.regions:
             return ()
+        planned = self._planned.get(total.round, range(self._chunk_count))
+        if total.chunks != planned:
+            raise TruncatedError(
+                f"round {total.round}: the merged update holds chunks {total.chunks.start} to {total.chunks.stop - 1}, "
+                f"expected {planned.start} to {planned.stop - 1} as planned"
+            )
+        if self.post is None:
+            return ()
+        attempt, introduced = self._asked.get(total.round, (0, ()))
+        if total.attempt != attempt:
+            raise ReplayError(
+                f"round {total.round}: a merged update of attempt {total.attempt}, expected {attempt}"
+            )
+        senders = {aggregator_name(share) for share in range(self.job.aggregation_actors)}
         bound = round_hash(self.job.name, total.round, self.manifest_digest)
         openings, at = [], total.chunks.start
         most = largest(room(self.job.coding.build(), self.job.chunk_size))
@@ -490,10 +515,10 @@ class Region:
             letter = Letter.from_wire(wire.encode(), "aggregator")
             told = letter.envelope.route
             route = Route(bound, self.job.name, total.round, total.attempt, "down", told.sender, told.chunks)
-            if told.chunks.start != at:
+            if told.chunks.start != at or told.sender not in senders:
                 break
             at = told.chunks.stop
-            openings.append(self.post.unwrap(letter, route, "aggregator", most, self._introduced))
+            openings.append(self.post.unwrap(letter, route, "aggregator", most, introduced))
         if at != total.chunks.stop or len(openings) != len(total.letters):
             raise TruncatedError(
                 f"round {total.round}: the envelopes of the merged update hold chunks {total.chunks.start} to {at - 1}, "
@@ -521,8 +546,8 @@ class Region:
         if self.guard is None:
             return ()
         if not total.regions:
-            if total.parts or total.chunk_bytes:
-                raise SecurityError(f"round {total.round}: a sum of no region that changes something")
+            if total.parts or total.chunk_bytes or not self.job.streaming.overlap:
+                raise SecurityError(f"round {total.round}: a sum of no region, where one was to be applied")
             return ()
         return self._as_signed(total, self.guard.accept(total.round, total.proof.encode()))
 
@@ -584,7 +609,14 @@ class Region:
                 raise SecurityError(
                     f"plan of round {plan.round}: its {key} is {told[key][:12]}, region {self.name!r} has {value[:12]}"
                 )
-        others = sorted(set(plan.cohort) - {region.name for region in self.job.regions})
+        names = [region.name for region in self.job.regions]
+        secure = self.job.secure_aggregation
+        dealt = secure.dealt(names, plan.job, plan.round) if secure is not None else [names]
+        if not any(set(plan.cohort) <= set(group) for group in dealt) and secure and secure.groups > 1:
+            raise SecurityError(
+                f"plan of round {plan.round}: its cohort is none of the groups that were dealt"
+            )
+        others = sorted(set(plan.cohort) - set(names))
         if others:
             raise SecurityError(
                 f"plan of round {plan.round}: its cohort names {others}, no regions of this job"
@@ -631,6 +663,9 @@ class Region:
         landed: list[list[Landed]] = [gather(references) for references in asked]
         self._agree([rank.digests for ranks in landed for rank in ranks])
         self._merged(total)
+        self._reached = self._reached or bool(total.regions)
+        self._planned = {n: chunks for n, chunks in self._planned.items() if n > total.round}
+        self._asked = {n: asked for n, asked in self._asked.items() if n > total.round}
         if self.post is not None:
             self.post.forget(total.round)
         tokens = sum(rank.eval_tokens for rank in landed[0])
@@ -668,8 +703,8 @@ class Region:
                 f"round {total.round}: the sum of the group of {self.name!r} came {len(mine)} times, expected once"
             )
         others = [part for part in parts if part is not mine[0]]
-        hashes = [self._accept(mine[0][0])]
-        if self.guard is not None and total.regions:
+        hashes: list[tuple[bytes, ...]] = []
+        if self.guard is not None and (total.regions or total.groups):
             secure = self.job.secure_aggregation
             assert secure is not None
             least = 1 if secure.groups == 1 else LEAST_GROUPS
@@ -677,11 +712,19 @@ class Region:
                 raise SecurityError(
                     f"round {total.round}: sums of {len(parts)} groups, expected {least} to {secure.groups}"
                 )
+            for one, _ in parts:
+                told = one.round, one.attempt, one.chunks
+                if told != (total.round, total.attempt, total.chunks):
+                    raise SecurityError(f"round {total.round}: the sum of a group of another merge: {told}")
+            if sorted(total.regions) != sorted(name for one, _ in parts for name in one.regions):
+                raise SecurityError(f"round {total.round}: the groups hold other regions than is said")
             results = self.guard.accept_beside(total.round, [one.proof for one, _ in others])
-            hashes += [self._as_signed(one, result) for (one, _), result in zip(others, results, strict=True)]
+            hashes = [self._as_signed(one, result) for (one, _), result in zip(others, results, strict=True)]
+        openings = [self._openings(one) for one, _ in (*mine, *others)]
+        hashes.insert(0, self._accept(mine[0][0]))  # last: it can be done once
         return [
-            Beside(one, bundle, signed, self._openings(one))
-            for (one, bundle), signed in zip([*mine, *others], hashes, strict=True)
+            Beside(one, bundle, signed, opening)
+            for (one, bundle), signed, opening in zip([*mine, *others], hashes, openings, strict=True)
         ]
 
     def _merged(self, total: RoundSum) -> None:
@@ -719,6 +762,12 @@ class Region:
             SecurityError: updates are masked, and too few regions have endorsed the model: a driver that could choose what
                 regions train from could choose what their updates say.
         """
+        try:
+            return self._restore(order, url)
+        except SecurityError as error:  # this region's failure, and not the run's
+            raise RegionError(self.name, str(error)) from None
+
+    def _restore(self, order: RestoreOrder, url: str) -> RegionReady:
         if self.guard is not None:
             self.guard.check_model(self.job.name, order.round, order.model_digest, order.endorsements)
         gather([ref for pool in self.pools for ref in pool.ask("restore", url, order, self.vault)])
@@ -728,7 +777,7 @@ class Region:
                 f"region {self.name!r} loaded model {self.model_digest[:12]} from round {order.round}, "
                 f"the commit says {order.model_digest[:12]}"
             )
-        self.cursor = order.cursor
+        self.cursor, self._reached = order.cursor, True
         self.pending = None
         return self._ready(evaluate=False)
 

@@ -20,7 +20,7 @@ def pinned(folder: Path) -> Path:
     """Keys of all parties of a job whose two clouds each have an aggregator, as far as they need one."""
     keys = folder / "keys"
     roles: dict[str, Role] = dict.fromkeys(REGIONS, "region")
-    roles |= dict.fromkeys(("aggregator", "aggregator-1", "aggregator-aws"), "aggregator")
+    roles |= dict.fromkeys(("aggregator", "aggregator-1", "aggregator-of-aws"), "aggregator")
     made = Keyring(keys).make(list(roles))
     Roster.of(Member(name=key.name, role=roles[key.name], key=key.key) for key in made).save(
         keys / "roster.json"

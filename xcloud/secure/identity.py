@@ -100,20 +100,18 @@ class PublicKey(_Record):
             KeyFileError: not a public key file, or not signed by its own key.
         """
         found = parse_json(cls, data, origin, KeyFileError)
-        try:
-            verify(
-                bytes.fromhex(found.key),
-                bytes.fromhex(found.proof),
-                found.name,
-                PROOF,
-                found.name,
-                found.public,
-            )
-        except SecurityError:
-            raise KeyFileError(
-                f"{origin}: proof: not signed by its own key; ask {found.name} for it anew"
-            ) from None
+        if not found.proved:
+            raise KeyFileError(f"{origin}: proof: not signed by its own key; ask {found.name} for it anew")
         return found
+
+    @property
+    def proved(self) -> bool:
+        """Whether it is signed by its own key."""
+        try:
+            verify(self.public, bytes.fromhex(self.proof), self.name, PROOF, self.name, self.public)
+        except SecurityError:
+            return False
+        return True
 
     @classmethod
     def load(cls, path: Path) -> PublicKey:

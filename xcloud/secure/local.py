@@ -57,6 +57,7 @@ def open_guard(
     ring_bits: int,
     check: Callable[[SyncPlan], None],
     privacy: Callable[[int], PrivacyFacts | None] = lambda _: None,
+    reached: Callable[[], bool] = lambda: False,
 ) -> Guard:
     """A region's door; what it must not forget is in `NAME.journal`, and `NAME.policy.yaml`, if it is there, says what it allows
     whatever the job says.
@@ -68,6 +69,7 @@ def open_guard(
         ring_bits: of the integers that are added.
         check: raises for a plan that is not for what the region holds.
         privacy: what differential privacy will have cost after a round.
+        reached: whether the region came to its model by a sum that was signed, or an endorsement; else it is a first model.
 
     Raises:
         SecurityError: names the file that is missing or wrong.
@@ -89,7 +91,7 @@ def open_guard(
         if policy is not None:
             # After the first round `check` has compared the model with the one that the region holds.
             facts = _facts(plan, ring_bits, privacy(plan.round))
-            policy.check(facts, own_model=plan.model if plan.round > 1 else None)
+            policy.check(facts, own_model=plan.model if reached() else None)
 
     journal = Journal(folder / f"{name}.journal", name, WAIT_S)
     return Guard(Member(identity, roster, journal, allowed), shares, config.survivors)
@@ -106,7 +108,7 @@ def open_vault(
     if masked is not None:
         return Vault.of(Keyring(_folder(masked)).load_all(name), job, strict=True)
     if sealed is not None and sealed.keys is not None:
-        return Vault.of(Keyring(Path(sealed.keys).expanduser()).load_all(name), job, strict=False)
+        return Vault.of(Keyring(Path(sealed.keys).expanduser()).load_all(name), job, strict=True)
     return None
 
 

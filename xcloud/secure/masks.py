@@ -13,7 +13,7 @@ off by `unmask`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,10 @@ class Masker:
     `secure.ckks`, where updates are encrypted and the streams hide no more than what travels beside them.
     """
 
-    added: tuple[bytes, ...] = ()
-    taken: tuple[bytes, ...] = ()
-    tag: bytes = b""
-    cipher: bytes = b""
+    added: tuple[bytes, ...] = field(default=(), repr=False)
+    taken: tuple[bytes, ...] = field(default=(), repr=False)
+    tag: bytes = field(default=b"", repr=False)
+    cipher: bytes = field(default=b"", repr=False)
 
     def apply(self, data: Bytes, chunk: int, ring: Ring) -> None:
         """Mask one chunk's encoding in place (contiguous uint8, writable).

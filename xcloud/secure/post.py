@@ -12,6 +12,7 @@ out whoever reads or writes the traffic, object store and spill files between th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,6 +142,7 @@ class Post:
     def __init__(self, identity: Identity, pinned: Roster | None = None) -> None:
         self.identity, self._pinned = identity, pinned
         self._keys: dict[tuple[str, int], _Own] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, name: str, config: EnvelopeConfig) -> Post:
@@ -177,7 +179,7 @@ class Post:
         roster, route = self._trusted(introduced), replace(sealing.route, attempt=attempt)
         fitting = [key for key in receivers if key.round == route.round]
         if role == "region":  # one whose key is bad keeps the sum from itself alone
-            fitting = [key for key in fitting if _is_good(key, roster, route)]
+            fitting = [key for key in fitting if _is_good(key, roster, route, role)]
         for key in fitting:
             roster.member(key.name, role)
         if not fitting:
@@ -210,15 +212,19 @@ class Post:
 
     def forget(self, round: int) -> None:
         """Drop the keys of a round that is over, and of those before it: what was sealed for them stays sealed."""
-        self._keys = {at: own for at, own in self._keys.items() if at[1] > round}
+        with self._lock:
+            self._keys = {at: own for at, own in self._keys.items() if at[1] > round}
 
     def _key(self, job: str, round: int) -> _Own:
-        if (job, round) not in self._keys:
-            private = X25519PrivateKey.generate()
-            self._keys[job, round] = _Own(private, ReceiverKey.of(self.identity, job, round, private))
-            for old in sorted(self._keys, key=lambda at: at[1])[:-KEPT]:
-                del self._keys[old]
-        return self._keys[job, round]
+        with self._lock:
+            own = self._keys.get((job, round))
+            if own is None:
+                private = X25519PrivateKey.generate()
+                own = _Own(private, ReceiverKey.of(self.identity, job, round, private))
+                for old in list(self._keys)[: max(0, len(self._keys) + 1 - KEPT)]:
+                    del self._keys[old]
+                self._keys[job, round] = own
+            return own
 
     def _trusted(self, introduced: Sequence[Member]) -> Roster:
         if self._pinned is not None:
@@ -228,8 +234,9 @@ class Post:
         return Roster.of(introduced)
 
 
-def _is_good(key: ReceiverKey, roster: Roster, route: Route) -> bool:
+def _is_good(key: ReceiverKey, roster: Roster, route: Route, role: Role) -> bool:
     try:
+        roster.member(key.name, role)
         exchange(X25519PrivateKey.generate(), key.check(roster, route.job, route.round), key.name)
     except SecurityError:
         return False
@@ -243,6 +250,8 @@ def round_hash(job: str, round: int, manifest: str) -> bytes:
 
 def aggregator_name(share: int | str) -> str:
     """Of the actor that folds a share of the chunks, or the regions of a cloud."""
+    if isinstance(share, str):
+        return f"{AGGREGATOR}-of-{share}"
     return AGGREGATOR if share == 0 else f"{AGGREGATOR}-{share}"
 
 

@@ -114,6 +114,7 @@ class RankWorker:
         self.progress = progress
         self.node = node or socket.gethostname()
         self._landings: dict[int, Landing] = {}
+        self._common: Array | None = None  # the control variate that all regions have
         self._hasher = partial(model_hasher, spec.hashed)
         self._lock = threading.Lock()
 
@@ -153,6 +154,7 @@ class RankWorker:
         self.correction: Correction | None = None
         if spec.inner.correction is not None:
             self.correction = spec.inner.correction.build(self.parameters)
+        self._common = self._new_control()
         self.private = self._private_steps()
         self.chunks.spread(self.anchor, self.parameters.write)
         self._digests = self._digested()
@@ -560,6 +562,7 @@ class RankWorker:
         merged = self.anchor[:0]
         sync = (total.round - 1) // self.spec.streaming.fragments + 1
         total_lr, control = self._total_lr(total.round), self._new_control()
+        self._common = control
         if self.correction is not None and self.spec.region in total.regions:
             self.correction.settle(total_lr)
         for index, spec in enumerate(self.manifest.parameters):  # elementwise, so any cut gives the same bits
@@ -583,7 +586,7 @@ class RankWorker:
                     )
                     hasher.update(anchor[at])
                 if seg.chunk_start + seg.length == anchor.size:
-                    self._digests[seg.chunk] = hasher.hexdigest()
+                    self._digests[seg.chunk] = self._with_state(seg.chunk, hasher.hexdigest())
                     hasher = self._hasher()
             if alone:  # while the parameter is still in cache
                 write(spec.name, torch.from_numpy(self.anchor[spec.offset : spec.offset + spec.size]))
@@ -626,8 +629,23 @@ class RankWorker:
         for chunk in self.chunks.ids:
             hasher = self._hasher()
             hasher.update(self.chunks.of(self.anchor, chunk))
-            digests[chunk] = hasher.hexdigest()
+            digests[chunk] = self._with_state(chunk, hasher.hexdigest())
         return digests
+
+    def _with_state(self, chunk: int, digest: str) -> str:
+        """A chunk's digest, with what else all regions have in common of it where they sign for it: outer state, public scale and
+        control. A driver that gave regions other scales could have all but one of them send zeros."""
+        if not self.spec.hashed:
+            return digest
+        hasher = self._hasher()
+        hasher.update(digest.encode())
+        for slot in sorted(self.outer_state):
+            hasher.update(self.chunks.of(self.outer_state[slot], chunk))
+        if chunk in self.path.scales:
+            hasher.update(np.ascontiguousarray(self.path.scales[chunk]))
+        if self._common is not None:
+            hasher.update(self.chunks.of(self._common, chunk))
+        return str(hasher.hexdigest())
 
     def discard(self) -> None:
         """Give up the update that was offered; local training too, unless local models go their own way."""
@@ -706,6 +724,8 @@ class RankWorker:
         self.path.restore(inner.pop("residual", {}))
         own = inner.pop(OWN, {})
         if self.correction is not None and self.correction.controls:
+            self._common = self.chunks.empty()
+            self.chunks.fill(self._common, common)
             self._keep(COMMON, common)
             self._keep(OWN, own)
         names = sorted(inner)
