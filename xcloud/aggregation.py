@@ -43,12 +43,9 @@ from xcloud.secure.masks import Masker
 from xcloud.secure.post import Letter, PostOrder, aggregator_name
 from xcloud.transport.blobs import Copies, Handle, RayBlobs
 from xcloud.transport.calls import gather, in_own_words, later
-from xcloud.update import adds_up
+from xcloud.update import adds_up, clip_margin
 
 __all__ = ["Aggregation", "AggregatorHandle", "ClusterAggregation", "Crew"]
-
-CLIP_MARGIN = 1e-5
-"""By how much an update is clipped shorter than it may be: sums in fp32 are that exact."""
 
 Who = TypeVar("Who", int, str)
 """A folder: the number of its share of the chunks, or the name of its cloud."""
@@ -252,7 +249,7 @@ class Aggregation:
         for one, norm in zip(sent, norms, strict=True):
             if not np.isfinite(norm):
                 raise NonFiniteUpdateError(one.name, "its update holds NaN or Inf")
-        weights = (1 - CLIP_MARGIN) * np.minimum(1.0, most / np.maximum(norms, most))
+        weights = (1 - clip_margin(len(self.job.regions))) * np.minimum(1.0, most / np.maximum(norms, most))
         return [float(weight) / len(self.job.regions) for weight in weights]
 
     def _by_cloud(

@@ -34,6 +34,7 @@ from xcloud.codecs import (
     Frame,
     GridConfig,
     IdentityConfig,
+    SparseConfig,
     ring_of,
 )
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
@@ -540,6 +541,11 @@ class JobConfig(_Section):
                 "expected evaluation.sequences: 0, or evaluate_on with public text in each region"
             )
         if dp.central:
+            if isinstance(self.codec, SparseConfig):
+                raise ValueError(
+                    "dp.mechanism gaussian adds noise to what arrives, but codec sparse sends more bytes for some updates than for "
+                    "others, and their number is told; expected a codec of fixed length, such as bf16, block or topk"
+                )
             if self.secure_aggregation is not None:
                 raise ValueError(
                     "dp.mechanism gaussian has the aggregation actor clip each update, which secure_aggregation hides from "

@@ -48,7 +48,7 @@ from xcloud.secure.post import (
 from xcloud.secure.primitives import TAG_BYTES
 from xcloud.secure.sealed_parts import ChunkReader, ChunkSealer, reader_of
 from xcloud.transport.blobs import Handle
-from xcloud.update import Framing, adds_up, room
+from xcloud.update import Framing, adds_up, exact_norm_squared, room
 
 __all__ = ["Folder"]
 
@@ -197,7 +197,7 @@ class Folder:
                     with np.errstate(
                         over="ignore", invalid="ignore"
                     ):  # whoever asked judges what is not finite
-                        found[row, column] = float(np.dot(values, values))
+                        found[row, column] = exact_norm_squared(values)
             return found
 
         return np.concatenate(self._each(squares, range(*ordered.chunks), shapes, sent, together=False))

@@ -31,7 +31,7 @@ from xcloud.messages import (
 from xcloud.metrics import PrivacyRow, RegionRow, RoundRow, read_events
 from xcloud.policies import suspicion
 from xcloud.privacy import PrivacyLedger, Release
-from xcloud.privacy.skellam import grid_dimension, noise_to_signal
+from xcloud.privacy.skellam import noise_to_signal
 
 __all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "keep_job", "mean_loss"]
 
@@ -163,9 +163,9 @@ class Ledger:
         if (
             dp.distributed
         ):  # rounding to the grid makes the sensitivity, and with it the noise, larger than the clip norm
-            dimension = grid_dimension([chunk.length for chunk in self.layout])
+            lengths = [chunk.length for chunk in self.layout]
             grid = dp.grid(
-                self.job.rounds, dimension, len(self.job.regions), *self.job.cohort, self.job.ring_bits
+                self.job.rounds, lengths, len(self.job.regions), *self.job.cohort, self.job.ring_bits
             )
             over_clip = grid.step * math.sqrt(grid.variance) / dp.clip_norm
         return {
@@ -201,13 +201,25 @@ class Ledger:
             Release(
                 round=plan.round,
                 region=name,
-                steps=1 if merges else plan.inner_steps,
+                steps=self._merges(plan.attempt) if merges else plan.inner_steps,
                 terms=self.terms[name],
             )
             for name in (self.terms if merges else names)
         )
         self.privacy = self.privacy.with_releases(releases)
         self.privacy.keep(self.folder)
+
+    def _merges(self, attempt: int) -> int:
+        """As how many releases an attempt at a merge is booked.
+
+        Regions offer the same integers again, noise and all. If a sum was opened before, and one region has trained anew since,
+        the difference of two sums is that region's own change, of twice the sensitivity, under two of its own shares of noise
+        alone: it costs as much as 2 (survivors - colluders) sums do.
+        """
+        if attempt == 1 or self.job.dp is None or not self.job.dp.distributed:
+            return 1
+        survivors, colluders = self.job.cohort
+        return 2 * (survivors - colluders)
 
     def resume(self, record: CommitRecord) -> None:
         """Go on from a commit.

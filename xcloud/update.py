@@ -29,7 +29,7 @@ from xcloud.secure.ckks import Encrypted, cipher_of, most_of
 from xcloud.secure.masks import Masker
 from xcloud.secure.tags import Sealed, sealed, tags_of
 
-__all__ = ["Framing", "UpdatePath", "adds_up", "room"]
+__all__ = ["Framing", "UpdatePath", "adds_up", "clip_margin", "exact_norm_squared", "room"]
 
 
 def adds_up(codec: Codec) -> bool:
@@ -46,6 +46,20 @@ def room(codec: Codec, length: int) -> int:
     if not isinstance(codec, Encrypted):
         return length
     return max(length, -(-codec.ring(length, Frame()).size // 4))
+
+
+def exact_norm_squared(values: Array) -> float:
+    """Squared norm in fp64: that of fp32 may come out a part in ten thousand too small, and a clip with it too long."""
+    total = 0.0
+    for start in range(0, values.size, 1 << 16):
+        block = values[start : start + (1 << 16)].astype(np.float64)
+        total += float(np.dot(block, block))
+    return total
+
+
+def clip_margin(regions: int) -> float:
+    """By what share an update is clipped shorter than it may be: what rotations, and fp32 sums over so many, are off."""
+    return 1e-5 + regions * regions * 2.0**-23
 
 
 class Framing:

@@ -16,6 +16,7 @@ from tests.merging import LAYOUT, LENGTHS, LocalCrew, Store, job_of, noise, open
 from tests.strategies import Array, quick
 from tests.test_masking import World
 from xcloud.aggregation import Aggregation
+from xcloud.checkpoint import CheckpointStore
 from xcloud.codecs import Frame, Grid, ring_of
 from xcloud.config import JobConfig
 from xcloud.errors import (
@@ -24,6 +25,7 @@ from xcloud.errors import (
     PrivacyAccountingError,
     PrivacyBudgetError,
 )
+from xcloud.ledger import Ledger
 from xcloud.messages import PrivacyTerms, RoundSum
 from xcloud.privacy import PrivacyLedger, Release
 from xcloud.privacy.accounting import gaussian_epsilon
@@ -35,8 +37,9 @@ from xcloud.privacy.skellam import (
     grid_dimension,
     plan_grid,
     skellam_epsilon,
+    smallest_block,
 )
-from xcloud.update import Framing, UpdatePath
+from xcloud.update import Framing, UpdatePath, exact_norm_squared
 
 SIZE = sum(LENGTHS)
 EQUAL = {"type": "mean", "weigh_by": "equal"}
@@ -321,6 +324,62 @@ def test_skellam_releases_are_composed_and_stop_at_the_budget() -> None:
         mixed.epsilon("r0")
 
 
+@pytest.mark.parametrize("target", [0.5, 1.0, 2.0, 8.0])
+@pytest.mark.parametrize("rounds", [1, 4, 16, 100])
+def test_a_calibrated_job_may_play_all_its_rounds(target: float, rounds: int) -> None:
+    dp = job(dp={"noise_multiplier": None, "target_epsilon": target}).dp
+    assert dp is not None
+    terms = dp.central_terms(rounds)
+    ledger = PrivacyLedger(unit="region", delta=dp.delta, budget=target)
+    for number in range(1, rounds + 1):
+        ledger = ledger.with_releases((Release(round=number, region="r0", steps=1, terms=terms),))
+    assert 0.999 * target < ledger.epsilon("r0") <= target
+    with pytest.raises(PrivacyBudgetError):
+        ledger.with_releases((Release(round=rounds + 1, region="r0", steps=1, terms=terms),))
+
+
+def test_a_merge_under_masks_that_is_tried_again_is_booked_for_what_it_may_cost(tmp_path: Path) -> None:
+    """One region's change under its own shares alone: 2 x sensitivity over 2 shares of the noise."""
+    dp = {"unit": "region", "mechanism": "skellam", "noise_multiplier": 4.0}
+    skellam = job_of(
+        ["c"] * 4, dp=dp, codec="grid", secure_aggregation={}, aggregator=EQUAL, evaluation={"sequences": 0}
+    )
+    ledger = Ledger(skellam, CheckpointStore(tmp_path), tmp_path)
+    grid = grid_of(noise_multiplier=4.0)
+    terms = PrivacyTerms(
+        unit="region", sampling_probability=1.0, noise_multiplier=4.0, skellam=(grid.variance, grid.l1, grid.l2)
+    )  # fmt: skip
+    ledger.terms = {"r0": terms}
+    ledger.privacy = PrivacyLedger(unit="region", delta=1e-5)
+    plan = plan_of()
+    ledger.spend(plan, [])
+    ledger.spend(plan.model_copy(update={"attempt": 2}), [])
+    assert [release.steps for release in ledger.privacy.releases] == [1, 6]
+    change = skellam_epsilon(2 * grid.share, 2 * grid.l1, 2 * grid.l2, 1e-5)
+    assert ledger.privacy.epsilon("r0") >= change
+
+
+@pytest.mark.parametrize("length", [37, 5000, (1 << 22) + 3])
+def test_norms_are_not_taken_too_small(length: int) -> None:
+    values = (0.1 + 0.01 * np.random.default_rng(length).standard_normal(length)).astype(np.float32)
+    exact = math.fsum(float(v) * float(v) for v in values[:: max(1, length // 5000)])
+    taken = exact_norm_squared(values[:: max(1, length // 5000)])
+    assert taken == pytest.approx(exact, rel=1e-12)
+    whole = np.sum(values.astype(np.longdouble) ** 2)
+    assert exact_norm_squared(values) == pytest.approx(float(whole), rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 37, 100, 4097])
+def test_a_short_block_that_holds_the_whole_update_is_not_cut(length: int) -> None:
+    grid = grid_of(dimension=grid_dimension([length, 1 << 17]), smallest=smallest_block([length, 1 << 17]))
+    codec, frame = Grid(16, grid.step, grid.limit), Frame(shared=3)
+    update = np.zeros(length, np.float32)
+    update[-min(length, 37) :] = 1.0
+    update *= np.float32((1 - 1e-5) / np.linalg.norm(update))
+    back = codec.decode(codec.encode(update, frame), length, frame)
+    assert np.linalg.norm(back) > 0.99
+
+
 # -- the job file ------------------------------------------------------------------------------
 
 SKELLAM = {"mechanism": "skellam"}
@@ -338,6 +397,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "expected dp.mechanism: skellam, or no secure_aggregation",
     ),
     ({"codec": "fixed"}, "expected a codec that is opened"),
+    ({"codec": "sparse"}, "codec sparse sends more bytes for some updates than for others"),
     ({"dp": SKELLAM, "codec": "grid"}, "expected secure_aggregation, or dp.mechanism: gaussian"),
     ({"dp": SKELLAM, "codec": "fixed", **MASKS}, "expected codec grid"),
     ({"codec": "grid"}, "codec grid takes its step and its noise from dp"),

@@ -7,6 +7,7 @@ goes on from the longer of the two, since rounds after the last commit were rele
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xcloud.errors import CheckpointError, PrivacyAccountingError, PrivacyBudgetError
 from xcloud.messages import PrivacyTerms
-from xcloud.privacy.accounting import Mechanism, epsilon_of
+from xcloud.privacy.accounting import Mechanism, epsilon_of, gaussian_epsilon
 from xcloud.privacy.skellam import composed_epsilon
 
 __all__ = ["PrivacyLedger", "Release"]
@@ -67,7 +68,15 @@ class PrivacyLedger(BaseModel):
             raise PrivacyAccountingError(
                 f"region {region!r} has released under Gaussian and under Skellam noise; expected one kind in a run"
             )
-        return composed_epsilon(skellam, self.delta) if skellam else epsilon_of(gaussian, self.delta)
+        if skellam:
+            return composed_epsilon(skellam, self.delta)
+        whole = [one for one in gaussian if one.sampling_probability == 1 and one.steps]
+        if whole and len(whole) == sum(one.steps > 0 for one in gaussian):
+            # Sums over everything compose to one Gaussian: exactly, where distributions on a grid would round up.
+            return gaussian_epsilon(
+                1 / math.sqrt(sum(o.steps / o.noise_multiplier**2 for o in whole)), self.delta
+            )
+        return epsilon_of(gaussian, self.delta)
 
     @property
     def total(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from xcloud.errors import ConfigError
 from xcloud.messages import PrivacyTerms
 from xcloud.privacy.accounting import calibrated_noise_multiplier, gaussian_noise_multiplier
-from xcloud.privacy.skellam import GridPlan, plan_grid
+from xcloud.privacy.skellam import GridPlan, grid_dimension, plan_grid, smallest_block
 
 __all__ = ["DPConfig"]
 
@@ -67,16 +68,17 @@ class DPConfig(BaseModel):
         noise = self.noise_multiplier
         if noise is None:
             assert self.target_epsilon is not None
-            noise = gaussian_noise_multiplier(self.target_epsilon, self.delta, merges)
+            noise = (1 + 1e-6) * gaussian_noise_multiplier(self.target_epsilon, self.delta, merges)
         return PrivacyTerms(unit="region", sampling_probability=1.0, noise_multiplier=noise)
 
     def grid(
-        self, merges: int, dimension: int, regions: int, survivors: int, colluders: int, bits: int
+        self, merges: int, lengths: Sequence[int], regions: int, survivors: int, colluders: int, bits: int
     ) -> GridPlan:
-        """The grid on which regions add their shares; see `skellam.plan_grid`."""
+        """The grid on which regions add their shares, for chunks of these lengths; see `skellam.plan_grid`."""
         return plan_grid(
             clip_norm=self.clip_norm,
-            dimension=dimension,
+            dimension=grid_dimension(lengths),
+            smallest=smallest_block(lengths),
             regions=regions,
             survivors=survivors,
             colluders=colluders,

@@ -32,6 +32,7 @@ __all__ = [
     "renyi_bound",
     "sensitivity",
     "skellam_epsilon",
+    "smallest_block",
     "variance_of_a_share",
 ]
 
@@ -196,6 +197,7 @@ def plan_grid(
     *,
     clip_norm: float,
     dimension: int,
+    smallest: int = 4096,
     regions: int,
     survivors: int,
     colluders: int,
@@ -207,13 +209,14 @@ def plan_grid(
 ) -> GridPlan:
     """The finest grid on which the sum of all regions with all their noise fits into the ring.
 
-    Coordinates of a rotated update are at most `SPREAD` times what they are on average (what is beyond is cut off, which
-    makes no norm larger), and the noise stays within `TAIL` standard deviations but for once in 10^14 coordinates. All of it depends on
+    Coordinates of a rotated block are at most `SPREAD` times what they are on average, even if the whole update lies in it
+    (what is beyond is cut off, which makes no norm larger), and the noise stays within `TAIL` standard deviations but for once in 10^14 coordinates. All of it depends on
     public numbers, so that driver and regions come to the same.
 
     Args:
         clip_norm: L2 norm of one region's update.
         dimension: integers that a region sends in one merge.
+        smallest: values of the smallest block that is rotated by itself: a whole update may lie in it.
         regions: in the job.
         survivors: fewest whose sum is opened; `colluders` of them tell the aggregator their noise.
         bits: of the ring.
@@ -230,7 +233,7 @@ def plan_grid(
     for _ in range(8):
         all_noise = math.sqrt(regions / (survivors - colluders))  # when everybody answers
         room = (1 << (bits - 1)) - 1 - regions - TAIL * all_noise * multiplier * math.sqrt(dimension) / 2
-        each = SPREAD / math.sqrt(min(dimension, ROTATED))
+        each = min(1.0, SPREAD / math.sqrt(smallest))
         reach = room / (regions * each + TAIL * all_noise * multiplier)  # clip_norm in steps
         drawn = math.sqrt(MOST_SHARE * (survivors - colluders)) / multiplier - math.sqrt(dimension) / 2
         reach = min(reach, FINEST * math.sqrt(dimension), drawn)
@@ -265,6 +268,12 @@ def grid_dimension(lengths: Sequence[int]) -> int:
         rest = length % ROTATED
         total += length - rest + (1 << (rest - 1).bit_length() if rest else 0)
     return total
+
+
+def smallest_block(lengths: Sequence[int]) -> int:
+    """Values of the smallest block that the rotation of chunks of these lengths makes."""
+    rests = [length % ROTATED for length in lengths]
+    return min((1 << (rest - 1).bit_length() for rest in rests if rest), default=ROTATED)
 
 
 def noise_to_signal(noise_multiplier: float, dimension: int, regions: int) -> float:

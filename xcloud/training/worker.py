@@ -53,7 +53,7 @@ from xcloud.manifest import Manifest, model_hasher
 from xcloud.messages import CheckpointFile, PrivacyTerms, RankInfo, RestoreOrder, RoundPlan, RoundSum
 from xcloud.parts import BlobStore, Bundle, Bytes, PartReader, PartWriter
 from xcloud.privacy.noise import SecureRandom
-from xcloud.privacy.skellam import GridPlan, Skellam, grid_dimension
+from xcloud.privacy.skellam import GridPlan, Skellam
 from xcloud.secure.envelope import Opening, Sealing
 from xcloud.secure.masks import Masker
 from xcloud.secure.primitives import TAG_BYTES
@@ -68,7 +68,7 @@ from xcloud.training.muon import Muon
 from xcloud.training.parameters import open_parameters
 from xcloud.training.private import PrivateSteps, agreed_terms
 from xcloud.training.spec import Beside, Landed, Offer, Trained, WorkerSpec
-from xcloud.update import Framing, UpdatePath, room
+from xcloud.update import Framing, UpdatePath, clip_margin, exact_norm_squared, room
 
 __all__ = ["RankWorker"]
 
@@ -76,8 +76,6 @@ Array = npt.NDArray[np.float32]
 
 BLOCK = 1 << 16
 PROGRESS_EVERY_S = 1.0
-CLIP_MARGIN = 1e-5
-"""By how much an update is clipped shorter than it may be: fp32 norms and rotations are that exact."""
 
 Gradient = Callable[[int], Array]
 """A chunk's merged update (fp32), by its id."""
@@ -304,7 +302,7 @@ class RankWorker:
         road, mine = _Road(masker, sealing), [c for c in self.chunks.ids if c in self._merged_in(plan)]
         for chunk in mine:
             values = reader.read(chunk).view(np.float32)
-            norm_squared += float(np.dot(values, values))
+            norm_squared += exact_norm_squared(values)
         clip = self._clip(norm_squared)
         for chunk in mine:
             delta = self.writer.slot(self.manifest.chunk_length(chunk))
@@ -327,7 +325,7 @@ class RankWorker:
             whole = whole.to(self.device)
             dist.all_reduce(whole)
         norm = float(whole) ** 0.5
-        return np.float32(min(1.0, (1 - CLIP_MARGIN) * dp.clip_norm / norm) if norm else 1.0)
+        return np.float32(min(1.0, (1 - clip_margin(1)) * dp.clip_norm / norm) if norm else 1.0)
 
     def _norm_squared(self, plan: RoundPlan) -> float:
         """Of this rank's own chunks of anchor - local; collective as reading is."""
@@ -340,7 +338,8 @@ class RankWorker:
                 if seg.chunk in self.chunks:
                     anchor = self.chunks.of(self.anchor, seg.chunk)[seg.chunk_start :][: seg.length]
                     mine = local[seg.parameter_start : seg.parameter_start + seg.length]
-                    total += self._checked_norm_squared(anchor - mine, spec.name)
+                    self._checked_norm_squared(anchor - mine, spec.name)  # for the name of what is not finite
+                    total += exact_norm_squared(anchor - mine)
         return total
 
     def _noisy(self, codec: Codec) -> Codec:
@@ -350,15 +349,12 @@ class RankWorker:
             return codec
         assert isinstance(codec, Grid), "the job was refused otherwise"
         try:
-            grid = self.grid = dp.grid(spec.rounds, self._dimension(), spec.members, *spec.cohort, codec.bits)
+            lengths = [chunk.length for chunk in self.manifest.layout]
+            grid = self.grid = dp.grid(spec.rounds, lengths, spec.members, *spec.cohort, codec.bits)
         except PrivacyAccountingError as error:
             raise ConfigError(f"dp: {error}") from None
         noise, random = Skellam(grid.share), SecureRandom()
         return codec.calibrated(grid.step, grid.limit, partial(noise.sample, random))
-
-    def _dimension(self) -> int:
-        """Integers of a whole update."""
-        return grid_dimension([chunk.length for chunk in self.manifest.layout])
 
     def _merge_terms(self) -> PrivacyTerms | None:
         """Under which terms each merge releases something of this region as a whole."""
