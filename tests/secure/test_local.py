@@ -28,10 +28,10 @@ def config(tmp_path: Path) -> SecureConfig:
     return SecureConfig(keys=str(tmp_path / "keys"))
 
 
-def guard(config: SecureConfig, policy: str | None = None) -> Guard:
+def guard(config: SecureConfig, policy: str | None = None, reached: bool = False) -> Guard:
     if policy is not None:
         (Path(str(config.keys)) / "us.policy.yaml").write_text(policy)
-    return open_guard(config, "us", {"us": 1.0}, 16, held)
+    return open_guard(config, "us", {"us": 1.0}, 16, held, reached=lambda: reached)
 
 
 def plan(config: SecureConfig, **changes: Any) -> bytes:
@@ -82,11 +82,17 @@ def test_a_regions_policy_speaks_whatever_the_job_says(
         opened(guard(config, policy), config)
 
 
-def test_a_list_of_models_is_for_the_first_round(config: SecureConfig) -> None:
-    door = guard(config, ANY.replace("models: any", f"models: [{'d' * 32}]"))
-    assert opened(door, config, round=2)
+def test_a_list_of_models_is_for_the_first_model_whatever_its_round_is_called(config: SecureConfig) -> None:
+    rules = ANY.replace("models: any", f"models: [{'d' * 32}]")
+    door = guard(config, rules)
+    for number in (1, 2):
+        with pytest.raises(PolicyError, match="models"):
+            opened(door, config, round=number)
+    door._member.memory.close()  # type: ignore[attr-defined]
+    later = guard(config, rules, reached=True)  # by a sum that was signed, or an endorsement
+    assert opened(later, config, round=2)
     with pytest.raises(SecurityError, match="another model"):
-        opened(door, config, round=3, model="d" * 32)
+        opened(later, config, round=3, model="d" * 32)
 
 
 def test_a_wrong_policy_keeps_the_region_from_starting(config: SecureConfig) -> None:
