@@ -138,9 +138,8 @@ class Folder:
             KeyFileError: names the key file that it needs and that is missing or wrong.
         """
         asked, post = PostOrder.from_wire(order, "driver"), self._own_post()
-        post.forget(
-            min(asked.rounds, default=1) - 1
-        )  # an update of before then gets a new header, if it is still merged
+        # An update of before then gets a new header, if it is still merged.
+        post.forget(min(asked.rounds, default=1) - 1)
         return post.answer(asked).to_wire()
 
     def _own_post(self) -> Post:
@@ -194,9 +193,8 @@ class Folder:
                 reader = self._reader(update, span)
                 for row, chunk in enumerate(span):
                     values = self._opened(update, reader, chunk, shapes[chunk])
-                    with np.errstate(
-                        over="ignore", invalid="ignore"
-                    ):  # whoever asked judges what is not finite
+                    # Whoever asked judges what is not finite.
+                    with np.errstate(over="ignore", invalid="ignore"):
                         found[row, column] = exact_norm_squared(values)
             return found
 

@@ -443,10 +443,8 @@ class RankWorker:
         def median(chunk: int) -> Array:
             means, scales, before = [], [], self.path.scales.get(chunk)
             for group in groups:
-                if before is not None:
-                    self.path.scales[chunk] = (
-                        before  # each group's sum was encoded under the scale from before
-                    )
+                if before is not None:  # each group's sum was encoded under the scale from before
+                    self.path.scales[chunk] = before
                 means.append(group(chunk).copy())
                 if chunk in self.path.scales:
                     scales.append(self.path.scales[chunk])
