@@ -116,6 +116,7 @@ class RegionConfig(_Section):
     Attributes:
         name: unique in the job.
         cloud: the provider it stands for (`aws`, `gcp`, `azure`, `on_prem`, ...).
+        location: the cloud's own name of the place, by which prices are looked up; null: the region's name.
         data: one source or a list; read only by this region's own processes.
         evaluate_on: sources whose held-out split this region evaluates on; default: its own.
         pools: at least one.
@@ -123,6 +124,7 @@ class RegionConfig(_Section):
 
     name: Annotated[str, Field(pattern=NAME)]
     cloud: Annotated[str, Field(min_length=1)]
+    location: Annotated[str, Field(min_length=1)] | None = None
     data: Sources
     evaluate_on: Sources | None = None
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1)]

@@ -18,6 +18,8 @@ class PlacementConfig(BaseModel):
         cpus: CPU cores reserved for each worker; also its thread count on `cpu`.
         labels: node labels every worker's node must carry, in Ray's selector syntax.
         strategy: how a pool's workers spread over nodes (Ray's placement strategies).
+        instance: the cloud's machine type that the workers run on, by which they are paid; null: not said.
+        market: how its machines are bought. Spot machines are cheaper, and may be taken away.
         placement_timeout_s: seconds to wait for room before giving up.
     """
 
@@ -28,6 +30,8 @@ class PlacementConfig(BaseModel):
     cpus: Annotated[int, Field(ge=1)] = 1
     labels: dict[str, str] = Field(default_factory=dict)
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    instance: Annotated[str, Field(min_length=1)] | None = None
+    market: Literal["on_demand", "spot"] = "on_demand"
     placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0
 
     @property
