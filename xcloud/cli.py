@@ -22,6 +22,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from xcloud import __version__
+from xcloud.clusters_cli import clusters
 from xcloud.errors import ConfigError, XCloudError
 from xcloud.keys_cli import keys
 from xcloud.messages import Progress
@@ -75,6 +76,7 @@ app = typer.Typer(
 )
 
 app.add_typer(keys, name="keys")
+app.add_typer(clusters, name="clusters")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under runs/.")]
@@ -123,6 +125,12 @@ def train(
         str | None,
         typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, or a new one on this machine."),
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="Join a cluster over the network without TLS and token. Default: refuse."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a job."""
@@ -146,6 +154,7 @@ def train(
                     resume=resume is not None,
                     stop=signals.stop,
                     stop_after=stop_after,
+                    insecure=insecure,
                 )
         except (XCloudError, KeyboardInterrupt):
             view.close()

@@ -10,8 +10,8 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,6 +162,15 @@ class ClusterFile:
             found[name] = (f"{key}.provider", own.get("provider") or {})
         return found
 
+    def only(self, wanted: Callable[[Mapping[str, Any]], bool]) -> ClusterFile:
+        """The same file with some of its documents."""
+        return replace(self, documents=tuple(document for document in self.documents if wanted(document)))
+
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """Every value of every document with its key path."""
+        for number, document in enumerate(self.documents):
+            yield from walk(document, f"[{number}]" if len(self.documents) > 1 else "")
+
     def error(self, key: str, text: str) -> Problem:
         return Problem(str(self.path), key, text)
 
@@ -199,9 +208,7 @@ def parse_cluster(text: str, path: Path) -> ClusterFile:
     """
     try:
         documents = tuple(
-            document
-            for document in yaml.load_all(text, Loader=StrictLoader)  # nosec B506 - a SafeLoader subclass
-            if document is not None
+            document for document in yaml.load_all(text, Loader=StrictLoader) if document is not None
         )
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None

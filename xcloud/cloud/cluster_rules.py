@@ -6,7 +6,6 @@ annotation `xcloud/quota` of a RayCluster), in accelerators by market: clouds do
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +21,6 @@ from xcloud.cloud.cluster_file import (
     NodeType,
     Problem,
     start_commands,
-    walk,
 )
 from xcloud.errors import ConfigError
 from xcloud.prices import Instance, PriceBook
@@ -58,12 +56,18 @@ def rule_problems(cluster: ClusterFile, book: PriceBook) -> list[Problem]:
 
 
 def fill_ins(cluster: ClusterFile) -> list[Problem]:
-    """What is still to be filled in."""
+    """What is still to be filled in: one for each value, at the first key that has it."""
+    keys: dict[str, list[str]] = {}
+    for key, value in cluster.values():
+        if isinstance(value, str) and FILL_IN in value:
+            keys.setdefault(value, []).append(key)
     return [
-        cluster.error(key, f"fill in what stands as {FILL_IN}: {value!r}")
-        for document in cluster.documents
-        for key, value in walk(document)
-        if isinstance(value, str) and FILL_IN in value
+        cluster.error(
+            found[0],
+            f"fill in what stands as {FILL_IN}: {value!r}"
+            + (f" (and {len(found) - 1} more keys)" if found[1:] else ""),
+        )
+        for value, found in keys.items()
     ]
 
 
@@ -218,7 +222,7 @@ def _called(cluster: ClusterFile, node: NodeType) -> str:
 
 def _open(cluster: ClusterFile) -> Iterator[Problem]:
     """Addresses that stand for the whole internet."""
-    for key, value in itertools.chain.from_iterable(walk(document) for document in cluster.documents):
+    for key, value in cluster.values():
         if not isinstance(value, str):
             continue
         if EVERYWHERE.search(value):
@@ -287,7 +291,7 @@ def _kuberay_safety(cluster: ClusterFile) -> Iterator[Problem]:
             yield cluster.error(
                 f"{key}.authOptions.mode", "is missing: anybody could call Ray; expected token"
             )
-    for key, value in itertools.chain.from_iterable(walk(document) for document in cluster.documents):
+    for key, value in cluster.values():
         if cluster.form == "kuberay" and key.endswith("hostNetwork") and value:
             yield cluster.error(key, "puts Ray's ports on the node's own network; expected false")
 
