@@ -167,7 +167,8 @@ def _checked(file: Path, jobs: Sequence[Path], prices: Path | None, crds: Path |
             warnings.append(
                 cluster.error("", f"not checked against KubeRay's schema: give --crds DIR or {CRDS_VARIABLE}")
             )
-    problems += rule_problems(cluster, load_prices(prices))
+    if not problems:  # the rules take the schema for granted
+        problems += rule_problems(cluster, load_prices(prices))
     for job in jobs:
         regions = load_job(job).regions
         pools = [(f"regions.{r.name}.pools[{n}]", pool) for r in regions for n, pool in enumerate(r.pools)]

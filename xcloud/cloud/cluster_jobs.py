@@ -139,5 +139,6 @@ def _needs(pool: PlacementConfig) -> str:
 def _nearest(misses: Mapping[str, Sequence[str]]) -> str:
     if not misses:
         return ""
-    name = min(misses, key=lambda found: len(misses[found]))
+    # Accelerators are what is looked for first: another region's A100 is nearer to an A100 than this region's L4.
+    name = min(misses, key=lambda found: (any("accelerator" in m for m in misses[found]), len(misses[found])))
     return f" (nearest: {name}, but {' and '.join(misses[name])})"
