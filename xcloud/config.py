@@ -57,6 +57,7 @@ from xcloud.training.settings import (
     EngineConfig,
     InnerConfig,
     ModelConfig,
+    MuonConfig,
     ScaffoldConfig,
 )
 from xcloud.update import adds_up
@@ -303,6 +304,11 @@ class JobConfig(_Section):
                         f"regions[{r}].pools[{p}]: precision fp16 needs a gpu accelerator; "
                         "expected fp32 or bf16 on cpu"
                     )
+                if pool.offload != "none" and isinstance(self.inner.optimizer, MuonConfig):
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}]: offload {pool.offload} keeps the masters in host memory, while muon multiplies whole "
+                        "matrices of them; expected offload: none, or another inner.optimizer"
+                    )
         positions = (self.model.config or {}).get("max_position_embeddings")
         if isinstance(positions, int) and positions < self.sequence_length:
             raise ValueError(
@@ -544,6 +550,10 @@ class JobConfig(_Section):
                     raise ValueError(
                         f"regions[{r}].pools[{p}].precision {pool.precision} rounds gradients after dp has measured "
                         "their norms (and fp16 scales the loss), so dp.clip_norm would not hold; expected fp32"
+                    )
+                if pool.offload != "none":
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}].offload {pool.offload} moves the gradients that dp adds its noise to; expected none"
                     )
                 if pool.activation_checkpointing:
                     raise ValueError(
