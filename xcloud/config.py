@@ -38,6 +38,7 @@ from xcloud.codecs import (
     SparseConfig,
     ring_of,
 )
+from xcloud.cost.fit import FitConfig
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
@@ -94,7 +95,13 @@ class _Section(BaseModel):
 
 
 class PoolConfig(EngineConfig, PlacementConfig):
-    """One homogeneous pool: one accelerator type, one ZeRO group, one placement group."""
+    """One homogeneous pool: one accelerator type, one ZeRO group, one placement group.
+
+    Attributes:
+        fit: have engine settings that are not stated here chosen from the memory of the machines; null: they have their defaults.
+    """
+
+    fit: Annotated[FitConfig | None, BeforeValidator(lambda value: {} if value == "auto" else value)] = None
 
     @property
     def sequences_per_step(self) -> int:
