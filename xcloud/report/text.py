@@ -32,6 +32,7 @@ CLEAR = "in the clear: whoever sees the traffic reads every update (envelope: nu
 
 NOTICE_KINDS = {
     "region_failed",
+    "region_leaving",
     "region_gone",
     "region_late",
     "region_refused",
@@ -127,6 +128,8 @@ def event_line(event: Event, width: int | None = None) -> str | None:
     if event.kind == "region_failed":
         reason = _first_line(get("reason")).removeprefix(f"region {region!r}: ")  # said already
         return f"{region} lost in round {number}: {reason}"
+    if event.kind == "region_leaving":
+        return f"{region} loses its machines: round {number} ends early there, with {human_count(get('tokens') or 0)} tokens"
     if event.kind == "region_gone":
         return f"{region} is gone for good after {get('restarts')} restarts"
     if event.kind == "region_late":

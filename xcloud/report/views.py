@@ -218,10 +218,16 @@ class PlainView:
 
 
 class JsonView:
-    """Writes each event and each round as one JSON object on one line; a round has the kind `round`."""
+    """Writes each event and each round as one JSON object on one line; a round has the kind `round`.
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
+    Args:
+        stream: where to; None: standard output.
+        progress: write how far regions are, too, with the kind `progress`: for a view elsewhere.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, progress: bool = False) -> None:
         self._stream = sys.stdout if stream is None else stream
+        self._progress = progress
 
     def on_event(self, event: Event) -> None:
         self._write(event.to_json())
@@ -230,7 +236,8 @@ class JsonView:
         self._write('{"kind":"round",' + row.model_dump_json()[1:])
 
     def on_progress(self, progress: Progress) -> None:
-        """Nothing: what a script needs is in the rounds."""
+        if self._progress:
+            self._write('{"kind":"progress",' + progress.model_dump_json()[1:])
 
     def stopping(self) -> None:
         _write_from_signal_handler(STOPPING)
