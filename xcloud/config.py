@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from xcloud.aggregators import AGGREGATORS, AggregatorConfig, MeanConfig
+from xcloud.balance import BalanceConfig
 from xcloud.cloud.settings import PlacementConfig
 from xcloud.codecs import (
     CODECS,
@@ -214,6 +215,12 @@ class JobConfig(_Section):
     codec: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
     downlink: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
     chunk_size: Annotated[int, Field(ge=1024, le=1 << 24)] = 1 << 20
+    balance: Annotated[
+        BalanceConfig,
+        BeforeValidator(
+            lambda value: {"pools": value, "regions": value} if isinstance(value, str) else value
+        ),
+    ] = BalanceConfig()
     streaming: StreamingConfig = StreamingConfig()
     buffer: BufferConfig | None = None
     dp: DPConfig | None = None
@@ -275,6 +282,7 @@ class JobConfig(_Section):
         self._check_masks(codec)
         self._check_guards()
         self._check_privacy()
+        self._check_balance()
         if self.inner.correction is not None and self.streaming.keeps_local:
             raise ValueError(
                 f"inner.correction {self.inner.correction.type!r} corrects the drift from a common model, but with "
@@ -333,6 +341,35 @@ class JobConfig(_Section):
             raise ValueError(
                 f"codec {self.codec.type!r} adds encodings of one round only, while buffer merges updates of "
                 "different rounds; expected a codec that is opened, such as bf16, block or topk"
+            )
+
+    def _check_balance(self) -> None:
+        """What steps that follow measured speed cannot be combined with."""
+        for level in ("pools", "regions"):
+            mode = getattr(self.balance, level)
+            if mode == "fixed":
+                continue
+            what = f"balance.{level} {mode} gives {level} different numbers of steps"
+            if self.inner.steps == 0:
+                raise ValueError(f"{what}, but inner.steps is 0; expected 1 or more")
+            if isinstance(self.inner.correction, ScaffoldConfig):
+                raise ValueError(
+                    f"{what}, while inner.correction scaffold takes them as equal; leave one of them out"
+                )
+            if self.dp is not None and self.dp.unit == "example":
+                raise ValueError(
+                    f"{what}, while dp has accounted for inner.steps in each; expected balance fixed"
+                )
+        if self.balance.regions == "fixed":
+            return
+        if self.buffer is not None:
+            raise ValueError(
+                "balance.regions has regions finish together, while with buffer nobody waits; leave one of them out"
+            )
+        if self.secure_aggregation is not None:
+            raise ValueError(
+                "balance.regions lets the driver say how much each region trains; if it has all but one do next to nothing, a "
+                "masked sum is that one's update; expected balance: {pools: dynamic}, or no secure_aggregation"
             )
 
     def _check_guards(self) -> None:

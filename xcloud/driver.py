@@ -114,17 +114,7 @@ class Run:
 
     def plan(self, number: int, attempt: int) -> RoundPlan:
         """What every region is asked to do."""
-        fragments = self.ledger.fragments
-        return RoundPlan(
-            job=self.job.name,
-            round=number,
-            attempt=attempt,
-            model_digest=self.ledger.model_digest,
-            manifest_digest=self.ledger.manifest_digest,
-            inner_steps=self.job.inner.steps,
-            chunks=fragments[(number - 1) % len(fragments)] if len(fragments) > 1 else None,
-            landing=self.sync.plan.round if self.sync else None,
-        )
+        return self.ledger.plan(number, attempt, landing=self.sync.plan.round if self.sync else None)
 
     def land(self, beside: RoundPlan | None = None) -> bool:
         """Merge what was offered last and have every region take it up, now or while it trains `beside`.

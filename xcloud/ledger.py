@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xcloud.balance import Pace, balanced_steps
 from xcloud.billing import Biller
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
@@ -30,7 +31,7 @@ from xcloud.messages import (
     RoundSum,
     Saved,
 )
-from xcloud.metrics import PrivacyRow, RegionRow, RoundRow, read_events
+from xcloud.metrics import PoolRow, PrivacyRow, RegionRow, RoundRow, read_events
 from xcloud.policies import suspicion
 from xcloud.privacy import PrivacyLedger, Release
 from xcloud.privacy.skellam import noise_to_signal
@@ -97,6 +98,7 @@ class Ledger:
         self.privacy: PrivacyLedger | None = None
         self.terms: dict[str, PrivacyTerms] = {}
         self.costs = Biller(job, folder)
+        self._paces = {region.name: Pace(job.balance.regions) for region in job.regions}
 
     @property
     def saved_round(self) -> int:
@@ -290,6 +292,36 @@ class Ledger:
             endorsements=self.saved.endorsements,
         )
 
+    def plan(self, number: int, attempt: int, landing: int | None) -> RoundPlan:
+        """What every region is asked to do in an attempt at a round; `landing` as in `RoundPlan`."""
+        return RoundPlan(
+            job=self.job.name,
+            round=number,
+            attempt=attempt,
+            model_digest=self.model_digest,
+            manifest_digest=self.manifest_digest,
+            inner_steps=self.job.inner.steps,
+            steps=self._steps(),
+            chunks=self.fragments[(number - 1) % len(self.fragments)] if len(self.fragments) > 1 else None,
+            landing=landing,
+        )
+
+    def _steps(self) -> dict[str, int]:
+        """Inner steps of each region in the next round, where they follow measured speed; else nothing."""
+        job = self.job
+        if job.balance.regions == "fixed":
+            return {}
+        strides = [region.sequences_per_step for region in job.regions]
+        paces, least = list(self._paces.values()), job.streaming.overlap + 1
+        steps = balanced_steps(job.inner.steps * sum(strides), strides, paces, job.inner.steps, least)
+        return dict(zip(self._paces, steps, strict=True))
+
+    def _measure(self, report: RegionReport) -> None:
+        sequences = report.tokens / self.job.sequence_length
+        steps = sequences / self.job.region(report.region).sequences_per_step
+        if steps and report.compute_s:
+            self._paces[report.region].note(report.compute_s / steps, report.encode_s)
+
     def suspicion(self, number: int, applied: Mapping[str, Applied]) -> str | None:
         """Why the merged update that the regions have taken up should be taken back; None: it should not.
 
@@ -339,6 +371,8 @@ class Ledger:
         norm = next(iter(applied.values())).norm
         if self.job.guards and norm is not None:
             self.norms = [*self.norms, norm][-self.job.guards.window :]
+        for report in reports.values():
+            self._measure(report)
         counted = {name: report for name, report in reports.items() if name in total.regions}
         # A region whose update was left out reads its data again, unless it goes on from its own model.
         read = reports if self.job.streaming.keeps_local else counted
@@ -405,6 +439,7 @@ class Ledger:
             update_norm=report.update_norm,
             cursor=report.cursor,
             privacy=self._privacy_row(self.privacy.epsilon(report.region)) if self.privacy else None,
+            pools=tuple(PoolRow(tokens=pool.tokens, compute_s=pool.compute_s) for pool in report.pools),
         )
 
     def commit(self, saved: Mapping[str, Saved], donor: str) -> CommitRecord:

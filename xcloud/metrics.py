@@ -82,6 +82,18 @@ class PrivacyRow(_Row):
     delta: float
 
 
+class PoolRow(_Row):
+    """What one pool of a region did in one round.
+
+    Attributes:
+        tokens: tokens trained on.
+        compute_s: seconds of local training, of its slowest rank.
+    """
+
+    tokens: int
+    compute_s: Number
+
+
 class RegionRow(_Row):
     """What one region did in one round.
 
@@ -98,6 +110,7 @@ class RegionRow(_Row):
         update_norm: L2 norm of the update.
         cursor: position in the region's data after the round.
         privacy: None without differential privacy.
+        pools: in the job's order; none in rows of runs from before they were told.
     """
 
     tokens: int
@@ -113,6 +126,7 @@ class RegionRow(_Row):
     landing_s: Number = 0.0
     staleness: int = 0
     privacy: PrivacyRow | None = None
+    pools: tuple[PoolRow, ...] = ()
 
 
 class RoundRow(_Row):
@@ -505,7 +519,7 @@ def _scalars(row: RoundRow) -> dict[str, float | None]:
     if row.privacy is not None:
         scalars[f"epsilon/{row.privacy.unit}"] = row.privacy.epsilon
     for name, region in row.regions.items():
-        numbers = region.model_dump(exclude={"cursor", "privacy"})
+        numbers = region.model_dump(exclude={"cursor", "privacy", "pools"})
         if region.privacy is not None:
             numbers[f"epsilon/{region.privacy.unit}"] = region.privacy.epsilon
         scalars.update({f"{name}/{key}": value for key, value in numbers.items()})

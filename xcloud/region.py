@@ -26,6 +26,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from xcloud.aggregators import MeanConfig
+from xcloud.balance import Pace, balanced_steps
 from xcloud.cloud.placement import place_pool
 from xcloud.config import JobConfig, PoolConfig
 from xcloud.errors import (
@@ -178,16 +179,19 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
     )
 
 
-def share_of(job: JobConfig, region: str) -> float:
+def share_of(job: JobConfig, region: str, plan: RoundPlan | None = None) -> float:
     """What a region multiplies its update by where encodings add up: its tokens over the most of any region.
 
     It depends on the job and the plan alone, so that it is public and a region knows it before it encodes.
+    `plan` matters only where regions take different numbers of steps.
     """
     if not adds_up(job.coding.build()) or (
         isinstance(job.aggregator, MeanConfig) and job.aggregator.weigh_by == "equal"
     ):
         return 1.0
-    return job.region(region).sequences_per_step / max(r.sequences_per_step for r in job.regions)
+    steps = {r.name: max(1, plan.steps_of(r.name)) if plan is not None else 1 for r in job.regions}
+    sequences = {r.name: r.sequences_per_step * steps[r.name] for r in job.regions}
+    return sequences[region] / max(sequences.values())
 
 
 def _table(sealing: Sealing | None, offers: Sequence[Offer]) -> bytes:
@@ -241,9 +245,10 @@ class Region:
         self._planned: dict[int, range] = {}  # chunks that a round merges
         self._asked: dict[int, tuple[int, tuple[Member, ...]]] = {}  # attempt and company of a merge
         self._shown = False
+        self._paces = [Pace(job.balance.pools) for _ in self.settings.pools]
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}
-        self._round = (0, 0.0)
+        self._round = (0, 0.0, 0)
         self._lock = threading.Lock()
 
     # -- life -----------------------------------------------------------------------------
@@ -374,14 +379,15 @@ class Region:
         self._latest = max(plan.round, self._latest)
         with self._lock:
             self._progress.clear()
-            self._round = (plan.round, time.monotonic())
+            self._round = (plan.round, time.monotonic(), plan.steps_of(self.name))
         calls, at, single = [], self.cursor, len(self.pools) == 1
-        share = share_of(self.job, self.name)
+        share = share_of(self.job, self.name, plan)
         masker, sealing = self._spend(plan) if self.guard else None, self._sealing(plan)
         road = (share, masker, sealing) if single else (None,)
-        for pool in self.pools:
-            calls.append(pool.ask("work", plan, at, *road))
-            at += plan.inner_steps * pool.config.sequences_per_step
+        steps = self._steps(plan)
+        for pool, mine in zip(self.pools, steps, strict=True):
+            calls.append(pool.ask("work", plan.model_copy(update={"inner_steps": mine}), at, *road))
+            at += mine * pool.config.sequences_per_step
         gather([reference for references in calls for reference in references])
         worked: list[list[tuple[Trained, Offer]]] = [gather(references) for references in calls]
         reports = tuple(
@@ -394,6 +400,8 @@ class Region:
             )
             for index, ranks in enumerate(worked)
         )
+        for pace, one, mine in zip(self._paces, reports, steps, strict=True):
+            pace.note(one.compute_s / max(1, mine))
         began = time.perf_counter()
         tokens = [report.tokens for report in reports]
         bundles = [Bundle.join(offer.bundle for _, offer in ranks) for ranks in worked]
@@ -428,6 +436,14 @@ class Region:
             pools=reports,
         )
         return Pending(report, list(bundle.handles), masker, sealing, _table(sealing, offers))
+
+    def _steps(self, plan: RoundPlan) -> list[int]:
+        """Inner steps of each pool: equally many, or as many as let all finish together and read as much in all."""
+        usual, strides = plan.steps_of(self.name), [pool.config.sequences_per_step for pool in self.pools]
+        if len(self.pools) == 1:
+            return [usual]
+        least = self.job.streaming.overlap + 1
+        return balanced_steps(usual * sum(strides), strides, self._paces, usual, least)
 
     def _upload(self, plan: RoundPlan, offers: Sequence[Offer]) -> str:
         """What is signed of masked chunks; nothing where they are not."""
@@ -533,8 +549,9 @@ class Region:
         the job's in one region alone, the sums of two attempts would differ by its update."""
         assert self.guard is not None, "asked in masked runs only"
         signed = self.guard.plan(plan.round)
-        asked = (plan.job, plan.attempt, plan.chunks or (0, 0), plan.inner_steps)
-        planned = (signed.job, signed.attempt, signed.chunks, self.job.inner.steps)
+        asked = (plan.job, plan.attempt, plan.chunks or (0, 0), plan.inner_steps, plan.steps)
+        usual: dict[str, int] = {}
+        planned = (signed.job, signed.attempt, signed.chunks, self.job.inner.steps, usual)
         if asked != planned:
             raise SecurityError(
                 f"round {plan.round}: asked for {asked} (job, attempt, chunks, steps), but {planned} is what was signed"
@@ -874,12 +891,12 @@ class Region:
             if not self._progress:
                 return None
             steps, tokens, losses = zip(*self._progress.values(), strict=True)
-            number, began = self._round
+            number, began, asked = self._round
         return Progress(
             region=self.name,
             round=number,
-            step=min(steps),
-            steps=self.job.inner.steps,
+            step=min(asked, *steps),
+            steps=asked,
             tokens=sum(tokens),
             loss=sum(losses) / len(losses),
             tokens_per_s=sum(tokens) / max(1e-9, time.monotonic() - began),

@@ -221,13 +221,13 @@ class ScheduleConfig(PartConfig):
     type: str
     warmup_steps: Annotated[int, Field(ge=0)] = 0
 
-    def factor(self, step: int, total: int) -> float:
-        """Factor on the inner learning rate at `step` (from 0) of `total`."""
+    def factor(self, step: float, total: int) -> float:
+        """Factor on the inner learning rate at `step` (from 0) of `total`; between two where a round has other than its usual steps."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         return self._after(step - self.warmup_steps, max(1, total - self.warmup_steps))
 
-    def _after(self, step: int, total: int) -> float:
+    def _after(self, step: float, total: int) -> float:
         raise NotImplementedError  # every registered subclass has its shape
 
 
@@ -240,7 +240,7 @@ class ConstantConfig(ScheduleConfig):
 
     type: Literal["constant"] = "constant"
 
-    def _after(self, step: int, total: int) -> float:
+    def _after(self, step: float, total: int) -> float:
         del step, total
         return 1.0
 
@@ -252,7 +252,7 @@ class CosineConfig(ScheduleConfig):
     type: Literal["cosine"] = "cosine"
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
 
-    def _after(self, step: int, total: int) -> float:
+    def _after(self, step: float, total: int) -> float:
         done = min(1.0, step / total)
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -190,7 +190,7 @@ class RankWorker:
         """Run the round's inner steps.
 
         Args:
-            plan: of the round.
+            plan: of the round, with the steps of this pool.
             start: absolute position in the region's data order of this pool's first sequence.
         """
         spec, engine = self.spec, self.engine
@@ -209,9 +209,11 @@ class RankWorker:
         for step in range(plan.inner_steps):
             if plan.landing is not None and step == spec.streaming.overlap:
                 landing_s = self._take_up(plan.landing)
-            overall = (plan.round - 1) * spec.inner.steps + step
-            self._set_learning_rate(overall)
-            generator.manual_seed(_mix(spec.seed, spec.region, spec.pool, spec.rank, overall))  # dropout
+            # However many steps the round has here, its learning rates are those of the job's.
+            usual = (plan.round - 1) * spec.inner.steps + step * spec.inner.steps / plan.inner_steps
+            self._set_learning_rate(usual)
+            seed = _mix(spec.seed, spec.region, spec.pool, spec.rank, plan.round, step)
+            generator.manual_seed(seed)  # dropout
             if self.private is not None:
                 self.private.step()
                 losses += torch.nan  # it tells of the data, and no noise is on it
@@ -792,11 +794,11 @@ class RankWorker:
             read=lambda rows: self._batch(self.store.train, rows),
         )
 
-    def _factor(self, step: int) -> float:
+    def _factor(self, step: float) -> float:
         inner = self.spec.inner
         return inner.schedule.factor(step, self.spec.rounds * inner.steps)
 
-    def _set_learning_rate(self, step: int) -> None:
+    def _set_learning_rate(self, step: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * self._factor(step)
 
