@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from xcloud.billing import Biller, routes_of, tariff
+from xcloud.billing import Biller, tariff
 from xcloud.config import JobConfig
-from xcloud.cost.bill import Spent
+from xcloud.cost.bill import Spent, routes_of
 from xcloud.errors import ConfigError
 from xcloud.prices import Place
 
@@ -171,9 +171,9 @@ def test_updates_of_one_cloud_meet_in_it_and_cross_once() -> None:
             )
         return {way: size for way, size in found.items() if way[0] != way[1] and size}
 
-    tree = sent(routes_of(job, made, up, down, relayed_up=50, near=("aws",)))
+    tree = sent(routes_of(made.places, made.hub, up, down, relayed_up=50, near=("aws",)))
     assert tree == {(west, east): 100, (east, west): 80, (east, west4): 50, (west4, east): 80}
-    flat = sent(routes_of(job, made, up, down, relayed_up=0, near=()))
+    flat = sent(routes_of(made.places, made.hub, up, down, relayed_up=0, near=()))
     assert flat == {(east, west4): 100, (west, west4): 100, (west4, east): 80, (west4, west): 80}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xcloud.config import JobConfig, PoolConfig, RegionConfig
-from xcloud.cost.bill import CostRow, Holding, Route, Spent, bill, nodes_of
+from xcloud.cost.bill import CostRow, Holding, Route, Spent, bill, cloud_hubs, nodes_of, routes_of
 from xcloud.cost.settings import CostConfig
 from xcloud.errors import ConfigError
 from xcloud.prices import Place, PriceBook, load_prices
@@ -43,21 +43,31 @@ class Tariff:
     paid_hub: Holding | None
     unpriced: tuple[str, ...]
 
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where each region lies."""
+        return {name: holding.place for name, holding in self.regions.items()}
+
+    @property
+    def hub_of_cloud(self) -> dict[str, Place]:
+        """Where the aggregator of each cloud with several regions is taken to be."""
+        return cloud_hubs(self.places)
+
     def egress(self, source: Place, destination: Place) -> float | None:
         """USD for a GB on a way; None: unknown."""
         found = self.book.egress_per_gb(source, destination)
         return None if found is None else found.usd
 
 
-def tariff(job: JobConfig) -> Tariff | None:
-    """The prices of a job; None where it neither asks for costs nor says what its machines are.
+def tariff(job: JobConfig, always: bool = False) -> Tariff | None:
+    """The prices of a job; None where it neither asks for costs nor says what its machines are, unless `always`.
 
     Raises:
         ConfigError: an instance type is unknown or does not fit its pool, the price file is wrong, or there is a budget
             and something has no price; names the key.
     """
     named = any(pool.instance for region in job.regions for pool in region.pools)
-    if job.cost is None and not named:
+    if job.cost is None and not named and not always:
         return None
     cost = job.cost or CostConfig()
     book = load_prices(Path(cost.prices) if cost.prices else None)
@@ -157,61 +167,12 @@ def _per_hour(
     return found.usd
 
 
-def cloud_hubs(
-    job: JobConfig, regions: Mapping[str, Holding], taking_part: Collection[str]
-) -> dict[str, Place]:
-    """Where the aggregator of each cloud that has several of these regions is taken to be: at its first region."""
-    if job.hierarchy.type != "cloud":
-        return {}
-    places: dict[str, list[Place]] = {}
-    for region in job.regions:
-        if region.name in taking_part:
-            places.setdefault(region.cloud, []).append(regions[region.name].place)
-    return {cloud: found[0] for cloud, found in places.items() if len(found) > 1}
-
-
 def _ways(job: JobConfig, made: Tariff) -> list[tuple[Place, Place]]:
-    """All ways that updates take, both directions, if all regions take part."""
-    near = cloud_hubs(job, made.regions, made.regions)
-    ends = [(made.regions[region.name].place, near.get(region.cloud, made.hub)) for region in job.regions] + [
-        (place, made.hub) for place in near.values()
-    ]
-    return list(dict.fromkeys(way for a, b in ends for way in ((a, b), (b, a))))
-
-
-def routes_of(
-    job: JobConfig,
-    made: Tariff,
-    up: Mapping[str, int],
-    down: Mapping[str, int],
-    relayed_up: int,
-    near: Collection[str],
-) -> list[Route]:
-    """Where a round's bytes went.
-
-    Args:
-        job: names the regions' clouds.
-        made: where they lie.
-        up: bytes of each region's update.
-        down: bytes of the merged update that each region took.
-        relayed_up: bytes of clouds' means on their way to the hub, all clouds together.
-        near: clouds that merged inside, and took one copy for all their regions.
-    """
-    inner = {
-        cloud: place for cloud, place in cloud_hubs(job, made.regions, made.regions).items() if cloud in near
-    }
-    routes = []
-    for region in job.regions:
-        place, name = made.regions[region.name].place, region.name
-        meeting = inner.get(region.cloud, made.hub)
-        routes.append(Route(place, meeting, up.get(name, 0), name))
-        routes.append(Route(meeting, place, down.get(name, 0), name))
-    for index, (cloud, place) in enumerate(inner.items()):
-        # All clouds' means have one length; the first takes what a division leaves over.
-        share = relayed_up // len(inner) + (relayed_up % len(inner) if index == 0 else 0)
-        copy = max((down.get(r.name, 0) for r in job.regions if r.cloud == cloud), default=0)
-        routes += [Route(place, made.hub, share), Route(made.hub, place, copy)]
-    return routes
+    """All ways that updates take, if all regions take part."""
+    near = [] if job.hierarchy.type == "flat" else made.hub_of_cloud
+    every = dict.fromkeys(made.regions, 1)
+    routes = routes_of(made.places, made.hub, every, every, 1, near)
+    return list(dict.fromkeys((route.source, route.destination) for route in routes))
 
 
 class Biller:
@@ -249,10 +210,10 @@ class Biller:
         relayed_up: int = 0,
         near: Collection[str] = (),
     ) -> CostRow | None:
-        """Book a round, and all time since the last booking; see `routes_of`."""
+        """Book a round, and all time since the last booking; see `cost.bill.routes_of`."""
         if self.tariff is None:
             return None
-        row = self._book(routes_of(self.job, self.tariff, up, down, relayed_up, near))
+        row = self._book(routes_of(self.tariff.places, self.tariff.hub, up, down, relayed_up, near))
         self.spent = self.spent.plus(row, row.usd - self._setup_usd)
         self._setup_usd = 0.0
         self.spent.keep(self.folder)

@@ -27,6 +27,7 @@ from xcloud.errors import ConfigError, XCloudError
 from xcloud.keys_cli import keys
 from xcloud.messages import Progress
 from xcloud.metrics import Event, RoundRow, RunLog, holds_run, read_rounds, to_plain
+from xcloud.plan_cli import plan
 from xcloud.quiet import apply_quiet
 from xcloud.registry import nearest
 from xcloud.report import (
@@ -76,6 +77,7 @@ app = typer.Typer(
 )
 
 app.add_typer(keys, name="keys")
+app.command()(plan)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under runs/.")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xcloud.errors import CheckpointError
 from xcloud.prices import Place
 
-__all__ = ["CostRow", "Holding", "RegionCost", "Route", "Spent", "bill", "nodes_of"]
+__all__ = [
+    "CostRow",
+    "Holding",
+    "RegionCost",
+    "Route",
+    "Spent",
+    "bill",
+    "cloud_hubs",
+    "nodes_of",
+    "routes_of",
+]
 
 FILE = "cost.json"
 GB = 10**9
@@ -68,6 +78,46 @@ class Route:
     destination: Place
     size: int
     region: str | None = None
+
+
+def cloud_hubs(places: Mapping[str, Place]) -> dict[str, Place]:
+    """Where the aggregator of each cloud that has several of these regions is taken to be: at its first region."""
+    clouds: dict[str, list[Place]] = {}
+    for place in places.values():
+        clouds.setdefault(place.cloud, []).append(place)
+    return {cloud: found[0] for cloud, found in clouds.items() if len(found) > 1}
+
+
+def routes_of(
+    places: Mapping[str, Place],
+    hub: Place,
+    up: Mapping[str, int],
+    down: Mapping[str, int],
+    relayed_up: int = 0,
+    near: Collection[str] = (),
+) -> list[Route]:
+    """Where a round's bytes went.
+
+    Args:
+        places: of all regions, in the job's order.
+        hub: where updates meet.
+        up: bytes of each region's update.
+        down: bytes of the merged update that each region took.
+        relayed_up: bytes of clouds' means on their way to the hub, all clouds together.
+        near: clouds that merged inside, and took one copy for all their regions.
+    """
+    inner = {cloud: place for cloud, place in cloud_hubs(places).items() if cloud in near}
+    routes = []
+    for name, place in places.items():
+        meeting = inner.get(place.cloud, hub)
+        routes.append(Route(place, meeting, up.get(name, 0), name))
+        routes.append(Route(meeting, place, down.get(name, 0), name))
+    for index, (cloud, place) in enumerate(inner.items()):
+        # All clouds' means have one length; the first takes what a division leaves over.
+        share = relayed_up // len(inner) + (relayed_up % len(inner) if index == 0 else 0)
+        copy = max((down.get(name, 0) for name, at in places.items() if at.cloud == cloud), default=0)
+        routes += [Route(place, hub, share), Route(hub, place, copy)]
+    return routes
 
 
 class _Row(BaseModel):
