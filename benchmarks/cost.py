@@ -105,7 +105,7 @@ class Run:
 def run(options: Options) -> Result:
     """Calibrate, then predict and run: another job, equal steps, and the planner's choice."""
     apply_quiet()
-    rounds, steps = (3, 30) if options.quick else (8, 80)
+    rounds, steps = (5, 50) if options.quick else (10, 100)
     with tempfile.TemporaryDirectory() as scratch, ray_session(None, cpus=2):
         folder = Path(scratch)
         (folder / "prices.yaml").write_text(PRICES, encoding="utf-8")

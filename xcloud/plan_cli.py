@@ -292,7 +292,8 @@ def _show_best(
     under: str | None,
 ) -> None:
     console.print()
-    what = "cheapest" if under is None else f"best under {under}"
+    usual = "fastest (not everything has a price)" if forecast.unpriced else "cheapest"
+    what = usual if under is None else f"best under {under}"
     if winner is None:
         _say(console, f"{what}: none of the alternatives stays within the limit")
         return
@@ -314,7 +315,11 @@ def _show_best(
 
 
 def _cost(forecast: Forecast) -> str:
-    parts = [f"machines {human_usd(forecast.machines_usd)}", f"egress {human_usd(forecast.egress_usd)}"]
+    unknown = bool(forecast.unpriced) and not forecast.machines_usd
+    parts = [
+        f"machines {human_usd(None if unknown else forecast.machines_usd)}",
+        f"egress {human_usd(forecast.egress_usd)}",
+    ]
     if forecast.storage_usd is not None:
         parts.append(f"storage {human_usd(forecast.storage_usd)}")
     lacking = f"; no price: {', '.join(forecast.unpriced)}" if forecast.unpriced else ""

@@ -292,7 +292,7 @@ def measured_in(folder: Path) -> Measured:
     sync_s = statistics.median(row.sync_s for row in usual)
     last, ended = rows[-1], events[-1].time
     rest: dict[Kind, list[float]] = {}
-    for row in rows:
+    for row in rows[1 if len(rows) > 2 else 0 :]:  # of the first, `first_s` tells
         if row.round + 1 in began:
             spent = began[row.round + 1] - began[row.round] - row.compute_s - row.sync_s
             rest.setdefault((row.eval_loss is not None, row.round in saved), []).append(max(0.0, spent))
