@@ -114,7 +114,7 @@ def test_what_has_no_price_is_named_and_a_budget_needs_it() -> None:
     assert found.unpriced == (
         "regions[0].pools[1] names no instance",
         "regions[1].pools[0] names no instance",
-        "egress lab/cellar -> aws/us-east-1",
+        "egress lab/cellar -> aws/us-east-1 has no price",
     )
     with pytest.raises(
         ConfigError, match=r"cost\.budget_usd: regions\[0\]\.pools\[1\] names no instance; .*lab/cellar"

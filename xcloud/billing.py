@@ -82,7 +82,7 @@ def tariff(job: JobConfig, always: bool = False) -> Tariff | None:
         usd = _per_hour(book, hub, cost.hub.instance, cost.hub.market, "cost.hub.instance", unpriced)
         paid = Holding(hub, instances=1, usd_per_hour=usd)
     made = Tariff(book, regions, hub, paid, ())
-    unpriced += [f"egress {a} -> {b}" for a, b in _ways(job, made) if made.egress(a, b) is None]
+    unpriced += [f"egress {a} -> {b} has no price" for a, b in _ways(job, made) if made.egress(a, b) is None]
     if cost.budget_usd is not None and unpriced:
         raise ConfigError(
             f"cost.budget_usd: {'; '.join(unpriced)}; a budget needs every price: name a known 'instance' in each pool, or add "
