@@ -22,11 +22,13 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from xcloud import __version__
+from xcloud.cost.bill import Spent
 from xcloud.errors import ConfigError, XCloudError
 from xcloud.jobs_cli import jobs, logs, stop, submit
 from xcloud.keys_cli import keys
 from xcloud.messages import Progress
 from xcloud.metrics import Event, RoundRow, RunLog, holds_run, read_rounds, to_plain
+from xcloud.plan_cli import plan
 from xcloud.quiet import apply_quiet
 from xcloud.registry import nearest
 from xcloud.report import (
@@ -76,7 +78,7 @@ app = typer.Typer(
 )
 
 app.add_typer(keys, name="keys")
-for command in (submit, jobs, logs, stop):
+for command in (plan, submit, jobs, logs, stop):
     app.command()(command)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
@@ -174,9 +176,17 @@ def train(
             eval_loss_start=outcome.eval_loss_start,
             eval_loss_end=outcome.eval_loss_end,
             seconds=time.monotonic() - began,
+            cost=Spent.kept(folder),
+            budget_usd=config.cost.budget_usd if config.cost is not None else None,
         )
     )
     if not outcome.finished:
+        if outcome.reason == "budget":
+            typer.echo(
+                f"error: {folder}: another round would exceed cost.budget_usd; the run is saved: raise it and resume",
+                err=True,
+            )
+            raise typer.Exit(1)
         if signals.stop.is_set():
             raise typer.Exit(INTERRUPTED)
         if stop_after is None:
@@ -187,6 +197,10 @@ def train(
 def validate(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a job file and show what it amounts to. Starts nothing."""
     config = _load(job, overrides)
+    # Here, because it loads the job file's parts, and `xcloud --help` should not wait for that.
+    from xcloud.billing import tariff  # noqa: PLC0415
+
+    tariff(config)
     if as_json:
         _print_json({"valid": True, **job_record(config)})
         return

@@ -39,6 +39,7 @@ from xcloud.codecs import (
     ring_of,
 )
 from xcloud.cost.fit import FitConfig
+from xcloud.cost.settings import CostConfig
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
@@ -240,6 +241,7 @@ class JobConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     failure: FailureConfig = FailureConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    cost: CostConfig | None = None
     envelope: EnvelopeConfig | None = EnvelopeConfig()
     secure_aggregation: SecureConfig | None = None
     guards: GuardConfig | None = None

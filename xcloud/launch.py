@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xcloud.aggregation import AggregatorHandle, ClusterAggregation
+from xcloud.billing import tariff
 from xcloud.checkpoint import CheckpointStore
 from xcloud.cloud.session import ray_session
 from xcloud.cluster_region import ClusterRegion
@@ -40,6 +41,7 @@ def train(
     Raises:
         XCloudError: what went wrong, in one line; the last committed round stays.
     """
+    tariff(job)  # a budget without prices, or a wrong instance type, ends before anything starts
     store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
     job, fitted = fit_pools(job)
     record = find_commit(job, store, run_dir, resume)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from xcloud.balance import Pace, balanced_steps
+from xcloud.billing import Biller
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
+from xcloud.cost.bill import CostRow
 from xcloud.errors import (
     AggregationError,
     CheckpointError,
@@ -36,7 +38,7 @@ from xcloud.privacy.skellam import noise_to_signal
 
 __all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "keep_job", "mean_loss"]
 
-CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation", "envelope")
+CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation", "envelope", "cost")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
 
 
@@ -95,6 +97,7 @@ class Ledger:
         self.endorsements: dict[str, str] = {}
         self.privacy: PrivacyLedger | None = None
         self.terms: dict[str, PrivacyTerms] = {}
+        self.costs = Biller(job, folder)
         self._paces = {region.name: Pace(job.balance.regions) for region in job.regions}
 
     @property
@@ -105,6 +108,28 @@ class Ledger:
     def outcome(self, finished: bool, reason: str) -> Outcome:
         """The run's outcome as it stands."""
         return Outcome(self.round, finished, reason, self.eval_start, self.eval_loss)
+
+    def ending(self, last: int, interrupted: bool, seconds: float) -> tuple[str, dict[str, Any]]:
+        """The event that ends a run whose play is over, and its fields.
+
+        Args:
+            last: round up to which it was to be played.
+            interrupted: somebody asked it to stop.
+            seconds: of this start.
+        """
+        spent = self.costs.settle()
+        told: dict[str, Any] = {} if spent is None else {"spent_usd": spent.usd}
+        if self.round < last and not interrupted and self.costs.exhausted:
+            return "run_stopped", {"round": self.round, "reason": "budget", **told}
+        played = not interrupted or self.round == last
+        if played and last == self.job.rounds:
+            done = {"rounds": self.round, "eval_loss": self.eval_loss, "seconds": seconds}
+            return "run_finished", done | told
+        return "run_stopped", {
+            "round": self.round,
+            "reason": "stop-after" if played else "interrupted",
+            **told,
+        }
 
     def begin(self, ready: Mapping[str, RegionReady]) -> dict[str, Any]:
         """Take the fresh regions' common model as round 0; returns what is to be said of noise on it.
@@ -124,6 +149,7 @@ class Ledger:
                         f"regions {first.region!r} and {answer.region!r} start from different {what} "
                         f"({mine[:12]}, {theirs[:12]}); check that they run the same versions"
                     )
+        self.costs.began()
         self.data = {name: answer.data_fingerprint for name, answer in ready.items()}
         self.manifest_digest, self.model_digest = first.manifest_digest, first.model_digest
         self.layout = tuple(ChunkLayout(*chunk) for chunk in first.layout)
@@ -243,6 +269,7 @@ class Ledger:
         self.cursors |= {name: state.cursor for name, state in record.regions.items()}
         self.tokens, self.eval_start, self.eval_loss = record.tokens, record.eval_loss_start, record.eval_loss
         self.norms = list(record.norms)
+        self.costs.resume(record.spent)
         self.losses = {n: s.eval_loss for n, s in record.regions.items() if s.eval_loss is not None}
         if self.privacy is not None and record.privacy is not None:
             self._take_over(record.privacy)
@@ -350,6 +377,7 @@ class Ledger:
         # A region whose update was left out reads its data again, unless it goes on from its own model.
         read = reports if self.job.streaming.keeps_local else counted
         self.cursors |= {name: report.cursor for name, report in read.items()}
+        cost = self._costs(reports, total, applied)
         reports = counted
         tokens = sum(report.tokens for report in reports.values())
         self.tokens += tokens
@@ -378,7 +406,19 @@ class Ledger:
             regions={name: self._region_row(report, applied.get(name)) for name, report in reports.items()},
             model_digest=self.model_digest,
             privacy=self._privacy_row(self.privacy.total) if self.privacy else None,
+            cost=cost,
         )
+
+    def _costs(
+        self, reports: Mapping[str, RegionReport], total: RoundSum, applied: Mapping[str, Applied]
+    ) -> CostRow | None:
+        """Book what the round cost; what a region sent in vain was sent."""
+        up = {name: report.bytes_up for name, report in reports.items()}
+        down = {name: answer.bytes_down for name, answer in applied.items()}
+        cloud = {region.name: region.cloud for region in self.job.regions}
+        direct = sum(up[name] for name in total.regions if cloud[name] not in total.near)
+        relayed = 0 if total.egress_up is None else total.egress_up - direct
+        return self.costs.round(up, down, relayed if total.near else 0, total.near)
 
     def _privacy_row(self, epsilon: float) -> PrivacyRow:
         assert self.privacy is not None
@@ -437,6 +477,7 @@ class Ledger:
             norms=tuple(self.norms),
             endorsements=self.endorsements,
             privacy=self.privacy,
+            spent=self.costs.standing,
         )
         self.store.commit(record)
         self.saved = record

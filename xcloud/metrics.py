@@ -27,6 +27,7 @@ from typing import IO, Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from xcloud.cost.bill import CostRow
 from xcloud.errors import XCloudError
 from xcloud.messages import Message, Progress, json_safe
 
@@ -134,6 +135,7 @@ class RoundRow(_Row):
     Attributes:
         egress_bytes_up: of `bytes_up`, what crossed between clouds: all of it unless they merge inside first.
         egress_bytes_down: the same on the way down. None in rows of runs from before it was counted.
+        cost: None where a run is not billed, and in rows from before it was.
     """
 
     round: int
@@ -150,6 +152,7 @@ class RoundRow(_Row):
     regions: dict[str, RegionRow]
     model_digest: str
     privacy: PrivacyRow | None = None
+    cost: CostRow | None = None
 
 
 @dataclass(frozen=True)
@@ -505,6 +508,14 @@ def _scalars(row: RoundRow) -> dict[str, float | None]:
         "seconds/compute": row.compute_s,
         "seconds/sync": row.sync_s,
     }
+    if row.cost is not None:
+        scalars |= {
+            "cost/machines_usd": row.cost.machines_usd,
+            "cost/egress_usd": row.cost.egress_usd,
+            "cost/spent_usd": row.cost.spent_usd,
+        }
+        for name, part in row.cost.regions.items():
+            scalars |= {f"{name}/cost/{key}": value for key, value in part.model_dump().items()}
     if row.privacy is not None:
         scalars[f"epsilon/{row.privacy.unit}"] = row.privacy.epsilon
     for name, region in row.regions.items():

@@ -28,6 +28,7 @@ from xcloud.report.text import (
     human_count,
     human_epsilon,
     human_loss,
+    human_usd,
     round_line,
 )
 
@@ -87,13 +88,23 @@ class LiveView:
             parts.append(Text(CLEAR, style="yellow"))
         if board.masked:
             parts.append(Text(board.masked, style="green", no_wrap=True, overflow="ellipsis"))
-        parts += [self._bar(), self._phase(), Text(""), self._table()]
+        parts += [self._bar(), self._phase(), *self._spent(), Text(""), self._table()]
         parts += [
             Text(f"! {notice}", style="red", no_wrap=True, overflow="ellipsis") for notice in board.notices
         ]
         if board.stopping:
             parts.append(Text(STOPPING, style="bold yellow"))
         return Group(*parts)
+
+    def _spent(self) -> list[RenderableType]:
+        """What the run has cost, and what of its budget that is."""
+        cost, asked = self.board.cost, self.board.job.cost
+        if cost is None:
+            return []
+        text = f"spent {human_usd(cost.spent_usd, whole=not cost.unpriced)}"
+        if asked is not None and asked.budget_usd is not None:
+            text += f" of {human_usd(asked.budget_usd)}"
+        return [Text(f"{text}, {human_usd(cost.usd, whole=not cost.unpriced)} in the last round")]
 
     def _bar(self) -> RenderableType:
         board = self.board
@@ -148,6 +159,9 @@ class LiveView:
         dp = self.board.job.dp
         if dp is not None:
             table.add_column(f"eps/{dp.unit}", no_wrap=True, justify="right")
+        billed = self.board.cost is not None
+        if billed:
+            table.add_column("cost", no_wrap=True, justify="right", min_width=5)
         for name, stand in self.board.regions.items():
             rate = "-" if stand.tokens_per_s is None else human_count(stand.tokens_per_s)
             table.add_row(
@@ -160,6 +174,7 @@ class LiveView:
                 human_bytes(stand.bytes_up),
                 human_bytes(stand.bytes_down),
                 *([human_epsilon(stand.privacy)] if dp is not None else []),
+                *([human_usd(stand.usd)] if billed else []),
             )
         return table
 
