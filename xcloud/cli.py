@@ -22,6 +22,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from xcloud import __version__
+from xcloud.clusters_cli import clusters
 from xcloud.cost.bill import Spent
 from xcloud.errors import ConfigError, XCloudError
 from xcloud.jobs_cli import jobs, logs, stop, submit
@@ -80,6 +81,7 @@ app = typer.Typer(
 app.add_typer(keys, name="keys")
 for command in (plan, submit, jobs, logs, stop):
     app.command()(command)
+app.add_typer(clusters, name="clusters")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under runs/.")]
@@ -128,6 +130,12 @@ def train(
         str | None,
         typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, or a new one on this machine."),
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="Join a cluster over the network without TLS and token. Default: refuse."
+        ),
+    ] = False,
     as_json: Json = False,
     progress: Annotated[
         bool, typer.Option("--progress", hidden=True, help="With --json: steps, too.")
@@ -158,6 +166,7 @@ def train(
                     resume=resume is not None,
                     stop=signals.stop,
                     stop_after=stop_after,
+                    insecure=insecure,
                 )
         except (XCloudError, KeyboardInterrupt):
             view.close()

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from tests.factory import raw_job, region
+from xcloud.cloud.certificates import ClusterKeys, Node, addresses_here
 from xcloud.metrics import read_events, read_rounds
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,16 +56,14 @@ class Served:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Served]:
-    """A head with a dashboard and one node for each of two regions, behind a token.
+    """A head with a dashboard and one node for each of two regions, with TLS and a token: it is not on loopback.
 
-    Ray reads the token's variables when it is first imported, so the cluster has its own process.
+    Ray reads these variables when it is first imported, so the cluster has its own process.
     """
-    token = tmp_path / "token"
-    token.write_text("a-token-for-this-test-only-0123456789abcdef")
-    token.chmod(0o600)
+    keys = ClusterKeys(tmp_path / "keys")
+    keys.make([Node("node", tuple(addresses_here()))], days=1)
     environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        **keys.variables("node"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     ports = ",".join(map(str, free_ports(2 + len(NODES))))  # another Ray may run on this machine

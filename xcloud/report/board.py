@@ -55,6 +55,7 @@ class Board:
         self.phase = "starting Ray"
         self.simulation = self.clear = False
         self.masked = ""
+        self.exposed = ""
         self.stopping = False
         self.notices: tuple[str, ...] = ()
         self.cost: CostRow | None = None  # of the last round
@@ -134,6 +135,7 @@ class Board:
     def _run_started(self, event: Event) -> None:
         self.simulation = bool(event.fields.get("simulation"))
         self.clear = event.fields.get("envelope", "made") is None
+        self.exposed = event.fields.get("exposed") or ""
         self.committed = event.fields.get("resumed_round") or 0
         for row in read_rounds(self.run_dir) if self.committed else ():
             self.on_round(row)

@@ -18,6 +18,7 @@ __all__ = [
     "STOPPING",
     "closing_lines",
     "event_line",
+    "exposed_line",
     "human_bytes",
     "human_clock",
     "human_count",
@@ -31,6 +32,12 @@ __all__ = [
 STOPPING = "stopping after this round; press Ctrl-C again to stop now (the last checkpoint stays)"
 SIMULATION = "simulation: all regions share this cluster; nothing isolates them"
 CLEAR = "in the clear: whoever sees the traffic reads every update (envelope: null)"
+
+
+def exposed_line(address: str) -> str:
+    """Warns of a cluster that was joined with `--insecure`."""
+    return f"insecure: the Ray cluster at {address} has no TLS or no token; whoever reaches it reads and runs everything"
+
 
 NOTICE_KINDS = {
     "region_failed",

@@ -23,6 +23,7 @@ from xcloud.report.text import (
     SIMULATION,
     STOPPING,
     event_line,
+    exposed_line,
     human_bytes,
     human_clock,
     human_count,
@@ -86,6 +87,8 @@ class LiveView:
             parts.append(Text(SIMULATION, style="yellow"))
         if board.clear:
             parts.append(Text(CLEAR, style="yellow"))
+        if board.exposed:
+            parts.append(Text(exposed_line(board.exposed), style="red"))
         if board.masked:
             parts.append(Text(board.masked, style="green", no_wrap=True, overflow="ellipsis"))
         parts += [self._bar(), self._phase(), *self._spent(), Text(""), self._table()]
@@ -210,6 +213,8 @@ class PlainView:
                 self.say([SIMULATION])
             if event.fields.get("envelope", "made") is None:
                 self.say([CLEAR])
+            if event.fields.get("exposed"):
+                self.say([exposed_line(event.fields["exposed"])])
         line = event_line(event)
         if line is not None:
             self.say([line])
