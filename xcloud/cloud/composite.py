@@ -11,22 +11,21 @@ reported as failed, but only after the substitute has been listed: Ray would ask
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from ray.autoscaler._private.providers import _get_node_provider_cls
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 
-from xcloud.cloud.clouds import CLOUD_KEY, CloudsConfig, expand_clouds, node_types, own_config
-from xcloud.cloud.fallback import Backoff, Bundle, NodeType, Room, served_instead, substitutes
+from xcloud.cloud.bootstrap import bootstrap, fill_out_resources, for_head
+from xcloud.cloud.clouds import CLOUD_KEY, CloudsConfig, node_types, own_config
+from xcloud.cloud.fallback import Bundle
 from xcloud.cloud.gcs import Gcs, monitors_address
+from xcloud.cloud.launching import Launcher
 from xcloud.cloud.member_cloud import MemberCloud, said
 from xcloud.errors import CloudError, ConfigError
 
@@ -36,26 +35,6 @@ log = logging.getLogger(__name__)
 
 LISTED_WITHIN_S = 30.0
 """How long a launch that ended in a substitute waits for Ray to list it."""
-
-HEADS_KEYS = "~/.xcloud_ssh"
-"""Where the head keeps the SSH keys of clouds that are not its own."""
-
-
-class _Launch:
-    """One call of Ray's to launch, and what has become of it.
-
-    Attributes:
-        tags: that Ray wants on the nodes.
-        missing: nodes that nobody has launched yet.
-        made: what the clouds' providers tell of those that were.
-        reasons: why not all of them are of the type that was asked for.
-    """
-
-    def __init__(self, tags: dict[str, str], count: int) -> None:
-        self.tags = tags
-        self.missing = count
-        self.made: dict[str, Any] = {}
-        self.reasons: list[str] = []
 
 
 class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyped here
@@ -69,8 +48,7 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
             name: MemberCloud(name, cloud, self.config, cluster_name)
             for name, cloud in self.config.clouds.items()
         }
-        self._backoff: dict[str, Backoff] = {}
-        self._refused: dict[str, str] = {}
+        self._launcher = Launcher(self.config, self.types, self.clouds, self._waiting)
         self._owners: dict[str, str] = {}
         self._lock = threading.RLock()
         self._listed = threading.Condition()
@@ -81,6 +59,11 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
     # -- what there is --------------------------------------------------------------------
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
+        """The nodes of all clouds; of one that does not answer, those that it told of last.
+
+        Raises:
+            CloudError: the head is asked for, and its cloud has never answered: `ray up` would launch another one.
+        """
         now = time.monotonic()
         refreshes = [
             threading.Thread(target=cloud.refresh, args=(now,), daemon=True) for cloud in self.clouds.values()
@@ -96,6 +79,9 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
                     self._owners[cloud.qualified(node)] = cloud.name
                 if tag_filters.items() <= seen.tags.items():
                     found.append(cloud.qualified(node))
+        home = self.clouds[self.config.home]
+        if tag_filters.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD and not home.answered:
+            raise CloudError(home.name, home.api.reason)
         self._publish()
         with self._listed:
             self._listings += 1
@@ -184,94 +170,12 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
         Raises:
             NodeLaunchException: says why not all nodes are of the type that was asked for.
         """
-        name = tags[TAG_RAY_USER_NODE_TYPE]
-        if name not in self.types:
-            raise ConfigError(
-                f"provider.node_types: {name!r} is missing; make the file that Ray reads by "
-                f"`xcloud.cloud.composite.CompositeNodeProvider.bootstrap_config` (`ray up` does)"
-            )
-        asked = self.types[name]
-        launch = _Launch(tags, count)
-        self._try(launch, asked, count, node_config, resources, labels)
-        if launch.missing and asked.fallback:
-            self._fall_back(launch, asked)
-        with self._lock:
-            if launch.reasons:
-                self._refused[name] = "; ".join(launch.reasons)
-            else:
-                self._refused.pop(name, None)
+        launch = self._launcher.launch(node_config, tags, count, resources, labels)
         if not launch.reasons:
             return launch.made or None
         if launch.missing < count:
             self._until_listed()
         raise NodeLaunchException("xcloud", "; ".join(launch.reasons), None)
-
-    def _fall_back(self, launch: _Launch, asked: NodeType) -> None:
-        """Launch other types in place of the nodes that are missing."""
-        waiting = self._waiting()
-        if waiting is None:
-            launch.reasons.append("no fallback: what the cluster waits for cannot be read")
-            return
-        for other in substitutes(asked, self.types):
-            useful = min(launch.missing, served_instead(waiting, asked, other))
-            if useful <= 0:
-                if launch.missing:
-                    launch.reasons.append(
-                        f"{other.name}: nothing that waits would run on it (labels, resources)"
-                    )
-                continue
-            node_config = self.config.node_types[other.name].get("node_config") or {}
-            launched = self._try(
-                launch, other, useful, node_config, dict(other.resources), dict(other.labels)
-            )
-            if launched:
-                launch.reasons.append(f"launched {launched} x {other.name} instead")
-                log.warning("launched %d x %s instead of %s", launched, other.name, asked.name)
-
-    def _try(
-        self,
-        launch: _Launch,
-        wanted: NodeType,
-        count: int,
-        node_config: dict[str, Any],
-        resources: dict[str, float],
-        labels: dict[str, str],
-    ) -> int:
-        """Launch up to `count` nodes of one type; returns how many, and notes why not all."""
-        cloud = self.clouds[wanted.cloud]
-        now = time.monotonic()
-        backoff = self._backoff_of(wanted.name)
-        if cloud.api.failures or not cloud.answered:
-            reason = cloud.api.reason or "no answer yet"
-            launch.reasons.append(f"{wanted.name}: cloud {cloud.name} is down: {reason}")
-            return 0
-        if backoff.closed(now):
-            launch.reasons.append(f"{wanted.name}: {backoff.reason}")
-            return 0
-        with self._lock:
-            room = Room.of(wanted, count, cloud.usage(), cloud.config.limits, self.types)
-            if room.limit:
-                launch.reasons.append(f"{wanted.name}: {room.limit}")
-            if not room.nodes:
-                return 0
-            reservation = cloud.reserve(wanted.name, room.nodes)
-        tags = {**launch.tags, TAG_RAY_USER_NODE_TYPE: wanted.name}
-        try:
-            answer = cloud.launch(reservation, own_config(node_config), tags, room.nodes, resources, labels)
-        except CloudError as error:
-            wait = backoff.fail(error.what, time.monotonic())
-            launch.reasons.append(f"{wanted.name}: {error.what}")
-            log.warning("%s in cloud %s: %s; next try in %.0f s", wanted.name, cloud.name, error.what, wait)
-            return 0
-        launched = room.nodes if answer is None else min(room.nodes, len(answer))
-        launch.made |= {cloud.qualified(node): facts for node, facts in (answer or {}).items()}
-        launch.missing -= launched
-        if launched < room.nodes:
-            backoff.fail(f"{launched} of {room.nodes} launched", time.monotonic())
-            launch.reasons.append(f"{wanted.name}: {backoff.reason}")
-        else:
-            backoff.succeed()
-        return launched
 
     def _until_listed(self) -> None:
         """Wait for a listing that begins now or later to reach Ray."""
@@ -339,18 +243,7 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
         )
 
     def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """The file as the head reads it: SSH keys lie elsewhere there, and workers get none of them."""
-        out = copy.deepcopy(cluster_config)
-        for name, spec in out["provider"]["clouds"].items():
-            auth = spec.get("auth") or {}
-            if "ssh_private_key" in auth:
-                at_home = name == self.config.home and "ssh_private_key" in out.get("auth", {})
-                auth["ssh_private_key"] = (
-                    out["auth"]["ssh_private_key"] if at_home else f"{HEADS_KEYS}/{name}.pem"
-                )
-            auth.pop("ssh_proxy_command", None)
-            out["file_mounts"].pop(f"{HEADS_KEYS}/{name}.pem", None)
-        return out
+        return for_head(cluster_config)
 
     def safe_to_scale(self) -> bool:
         return all(cloud.provider.safe_to_scale() for cloud in self._up())
@@ -364,31 +257,11 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
 
     @staticmethod
     def fillout_available_node_types_resources(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        expanded = expand_clouds(cluster_config, Path())
-        return _by_cloud(expanded, "fillout_available_node_types_resources")
+        return fill_out_resources(cluster_config)
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """Bootstrap every cloud by its own provider, and put the node types where this provider sees them.
-
-        Raises:
-            ConfigError: names cloud and key.
-        """
-        expanded = expand_clouds(cluster_config, Path())
-        config = CloudsConfig.read(expanded["provider"])
-        head_type = expanded.get("head_node_type")
-        for name, one in node_types(config, expanded["available_node_types"], head_type).items():
-            settings = expanded["available_node_types"][name]
-            settings["node_config"] = {**(settings.get("node_config") or {}), CLOUD_KEY: one.cloud}
-            if one.usd_per_hour is not None:  # of types that do equally well, Ray takes the highest priority
-                settings.setdefault("priority", -round(1000 * one.usd_per_hour))
-        out = _by_cloud(expanded, "bootstrap_config")
-        for name, spec in out["provider"]["clouds"].items():
-            key = (spec.get("auth") or {}).get("ssh_private_key")
-            if key and name != config.home:
-                out.setdefault("file_mounts", {})[f"{HEADS_KEYS}/{name}.pem"] = key
-        out["provider"]["node_types"] = copy.deepcopy(out["available_node_types"])
-        return out
+        return bootstrap(cluster_config)
 
     # -- inside ---------------------------------------------------------------------------
 
@@ -421,12 +294,6 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
                 cloud.name, f"{method} of {own}: the cloud is down, and has never told of this node"
             )
         return remembered(cloud.nodes[own])
-
-    def _backoff_of(self, name: str) -> Backoff:
-        with self._lock:
-            return self._backoff.setdefault(
-                name, Backoff(self.config.retry_first_s, self.config.retry_most_s)
-            )
 
     def _connected(self) -> Gcs | None:
         address = self.config.gcs_address or monitors_address()
@@ -464,47 +331,5 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
             }
             for name, cloud in self.clouds.items()
         }
-        with self._lock:
-            return {"clouds": clouds, "refused": dict(self._refused)}
-
-
-def _by_cloud(cluster: dict[str, Any], method: str) -> dict[str, Any]:
-    """Apply one of a provider class's static methods to each cloud's part of a cluster file.
-
-    Raises:
-        ConfigError: names the cloud whose provider is unknown, lacks a library or refuses.
-    """
-    out = copy.deepcopy(cluster)
-    config = CloudsConfig.read(out["provider"])
-    head_type = out.get("head_node_type")
-    types = node_types(config, out["available_node_types"], head_type)
-    for name, spec in out["provider"]["clouds"].items():
-        mine = {kind: out["available_node_types"][kind] for kind, one in types.items() if one.cloud == name}
-        if not mine:
-            continue
-        part = copy.deepcopy({**out, "provider": spec["provider"], "available_node_types": mine})
-        part["auth"] = {**out.get("auth", {}), **(spec.get("auth") or {})}
-        own = {kind: part["available_node_types"][kind].get("node_config") or {} for kind in mine}
-        for kind, node_config in own.items():
-            part["available_node_types"][kind]["node_config"] = own_config(node_config)
-        if head_type not in mine:
-            part["head_node_type"] = next(iter(mine))  # they insist on a head of their own
-        at = f"provider.clouds.{name}.provider"
-        try:
-            done = getattr(_get_node_provider_cls(spec["provider"]), method)(part)
-        except SystemExit as error:  # how Ray's launchers give up, having said why
-            raise ConfigError(
-                f"{at}: {spec['provider']['type']!r} refused; its reason stands above"
-            ) from error
-        except Exception as error:  # whatever the cloud's own library raises
-            raise ConfigError(f"{at}: {said(error)}") from error
-        for kind, settings in done["available_node_types"].items():
-            kept = {key: own[kind][key] for key in own[kind] if key.startswith("_") and kind in own}
-            settings["node_config"] = {**(settings.get("node_config") or {}), **kept}
-            out["available_node_types"][kind] = settings
-        spec["provider"], spec["auth"] = done["provider"], done.get("auth") or {}
-        if name == config.home:
-            out["auth"] = {**out.get("auth", {}), **spec["auth"]}
-            if head_type in mine and done.get("head_node"):
-                out["head_node"] = done["head_node"]  # the head's own rights, which no worker gets
-    return out
+        labels = {name: dict(one.labels) for name, one in self.types.items()}
+        return {"clouds": clouds, "types": labels, "refused": self._launcher.refused()}

@@ -9,13 +9,45 @@ What failed is left alone for a while that doubles, because Ray asks again every
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Backoff", "Bundle", "CloudLimits", "NodeType", "Room", "Usage", "served_instead", "substitutes"]
+__all__ = [
+    "Backoff",
+    "Bundle",
+    "CloudLimits",
+    "NodeType",
+    "Room",
+    "Selector",
+    "Usage",
+    "matches",
+    "parse_selector",
+    "served_instead",
+    "substitutes",
+]
 
 IMPLICIT = ("node:", "object_store_memory")
 """Resources that a node has whatever its type says."""
+
+
+Selector = tuple[tuple[str, bool, frozenset[str]], ...]
+"""Conditions on labels: (label, allowed, values). Its value is one of them or, where not allowed, none of them."""
+
+
+def parse_selector(labels: Mapping[str, str]) -> Selector:
+    """A selector as people write it for Ray: `v`, `!v`, `in(a,b)` or `!in(a,b)` for each label."""
+    out = []
+    for key, text in labels.items():
+        allowed, rest = not text.startswith("!"), text.removeprefix("!").strip()
+        many = rest.startswith("in(") and rest.endswith(")")
+        values = rest[3:-1].split(",") if many else [rest]
+        out.append((key, allowed, frozenset(value.strip() for value in values)))
+    return tuple(out)
+
+
+def matches(selector: Selector, labels: Mapping[str, str]) -> bool:
+    """Whether a node with these labels is one that the selector selects."""
+    return all((labels.get(key) in values) is allowed for key, allowed, values in selector)
 
 
 @dataclass(frozen=True)
@@ -43,13 +75,12 @@ class Bundle:
     """Resources that somebody waits for on one node.
 
     Attributes:
-        selectors: alternatives, each a list of (label, allowed, values): the label's value is one of them, or,
-            where not allowed, none of them. No alternatives: any node.
+        selectors: alternatives; none: any node.
         count: how many such bundles wait.
     """
 
     resources: Mapping[str, float]
-    selectors: tuple[tuple[tuple[str, bool, frozenset[str]], ...], ...] = ()
+    selectors: tuple[Selector, ...] = ()
     count: int = 1
 
     def fits(self, node: NodeType) -> bool:
@@ -59,11 +90,7 @@ class Bundle:
             for name, amount in self.resources.items()
             if not name.startswith(IMPLICIT)
         )
-        return enough and (not self.selectors or any(_matches(one, node.labels) for one in self.selectors))
-
-
-def _matches(selector: Iterable[tuple[str, bool, frozenset[str]]], labels: Mapping[str, str]) -> bool:
-    return all((labels.get(key) in values) is allowed for key, allowed, values in selector)
+        return enough and (not self.selectors or any(matches(one, node.labels) for one in self.selectors))
 
 
 def substitutes(asked: NodeType, types: Mapping[str, NodeType]) -> list[NodeType]:

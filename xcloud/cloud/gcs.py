@@ -14,7 +14,7 @@ from typing import Any
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, without type information
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
-from xcloud.cloud.fallback import Bundle
+from xcloud.cloud.fallback import Bundle, Selector
 
 __all__ = ["Gcs", "monitors_address"]
 
@@ -74,5 +74,5 @@ def _bundle(request: Any, count: int) -> Bundle:
     )
 
 
-def _selector(constraints: Iterable[Any]) -> tuple[tuple[str, bool, frozenset[str]], ...]:
+def _selector(constraints: Iterable[Any]) -> Selector:
     return tuple((c.label_key, c.operator != NOT_IN, frozenset(c.label_values)) for c in constraints)

@@ -88,6 +88,7 @@ class LiveView:
         if board.masked:
             parts.append(Text(board.masked, style="green", no_wrap=True, overflow="ellipsis"))
         parts += [self._bar(), self._phase(), Text(""), self._table()]
+        parts += [Text(line, style="yellow") for line in board.missing.values()]
         parts += [
             Text(f"! {notice}", style="red", no_wrap=True, overflow="ellipsis") for notice in board.notices
         ]
