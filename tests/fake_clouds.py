@@ -90,9 +90,18 @@ class FakeCloud(FakeMultiNodeProvider):
             raise RuntimeError(full.read_text())
         super().create_node_with_resources_and_labels(node_config, tags, count, *rest)
 
-    def _create_node_with_resources_and_labels(self, *arguments: Any) -> None:
+    def _create_node_with_resources_and_labels(
+        self, node_config: Any, tags: dict[str, str], *rest: Any
+    ) -> None:
         with _LAUNCH:  # Ray hands a new node its id through os.environ
-            super()._create_node_with_resources_and_labels(*arguments)
+            # Listed before its raylet joins, as machines are; else Ray books it as somebody else's node.
+            node = f"{FAKE_HEAD_NODE_ID[:-5]}{self._next_node_id + 1:05d}"
+            self._nodes[node] = {"tags": dict(tags)}
+            try:
+                super()._create_node_with_resources_and_labels(node_config, tags, *rest)
+            except BaseException:
+                del self._nodes[node]
+                raise
 
     def _answer(self) -> None:
         if (self._control / "down").exists():

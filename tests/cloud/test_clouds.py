@@ -8,6 +8,7 @@ import yaml
 
 from xcloud.cloud.clouds import CloudsConfig, expand_clouds, node_types, own_config
 from xcloud.errors import ConfigError
+from xcloud.prices import load_prices
 
 
 def provider(**changes: Any) -> dict[str, Any]:
@@ -89,6 +90,58 @@ def test_a_budget_needs_prices() -> None:
     ):
         node_types(config, {"a": one_type()})
     assert node_types(config, {"a": one_type(_usd_per_hour=2)})["a"].usd_per_hour == 2
+
+
+def test_prices_come_from_the_book_where_a_type_has_none() -> None:
+    clouds = {
+        "aws": {"provider": {"type": "aws", "region": "us-east-1"}, "budget_usd_per_hour": 400},
+        "gcp": {"provider": {"type": "gcp", "region": "europe-west4"}},
+        "azure": {"provider": {"type": "azure", "location": "westeurope"}},
+    }
+    arm = {"vmSize": "Standard_NC24ads_A100_v4"}
+    spot = {"InstanceMarketOptions": {"MarketType": "spot"}}
+    available = {
+        "aws": one_type(InstanceType="p5.48xlarge"),
+        "aws_spot": one_type(InstanceType="p5.48xlarge", **spot),
+        "gcp": one_type(_cloud="gcp", machineType="a2-highgpu-8g"),
+        "gcp_spot": one_type(_cloud="gcp", machineType="a2-highgpu-8g", scheduling=[{"preemptible": True}]),
+        "azure": one_type(_cloud="azure", azure_arm_parameters=arm),
+        "azure_spot": one_type(_cloud="azure", azure_arm_parameters={**arm, "priority": "Spot"}),
+    }
+    found = node_types(CloudsConfig.read(provider(clouds=clouds)), available)
+    book = load_prices()
+    for cloud, place, machine in (
+        ("aws", "us-east-1", "p5.48xlarge"),
+        ("gcp", "europe-west4", "a2-highgpu-8g"),
+        ("azure", "westeurope", "Standard_NC24ads_A100_v4"),
+    ):
+        on_demand, cheaper = (book.per_hour(cloud, place, machine, m) for m in ("on_demand", "spot"))
+        assert on_demand is not None
+        assert cheaper is not None
+        assert found[cloud].usd_per_hour == on_demand.usd
+        assert found[f"{cloud}_spot"].usd_per_hour == cheaper.usd
+
+
+def test_a_type_falls_back_to_the_other_market_of_its_cloud_by_itself() -> None:
+    def labelled(market: str, **more: Any) -> dict[str, Any]:
+        return {**one_type(**more), "labels": {"ray.io/region": "r", "ray.io/market-type": market}}
+
+    available = {
+        "spot": labelled("spot"),
+        "on_demand": labelled("on-demand"),
+        "never": labelled("spot", _fallback=[]),
+        "bigger": {**labelled("on-demand"), "resources": {"CPU": 8}},
+        "plain": one_type(),
+    }
+    found = node_types(CloudsConfig.read(provider()), available)
+    fallback = {name: one.fallback for name, one in found.items()}
+    assert fallback == {
+        "spot": ("on_demand",),
+        "on_demand": ("spot", "never"),
+        "never": (),
+        "bigger": (),
+        "plain": (),
+    }
 
 
 def test_the_head_lies_at_home_if_it_does_not_say() -> None:

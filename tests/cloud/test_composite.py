@@ -297,6 +297,17 @@ def test_what_is_full_is_left_alone_for_a_while(provider: CompositeNodeProvider,
     assert types_of(provider) == ["gcp"]
 
 
+def test_nodes_that_were_launched_are_listed_though_the_cloud_fails(
+    provider: CompositeNodeProvider, clock: Clock
+) -> None:
+    """Else Ray would meet a node that nobody has launched, and wait for the launched one for ten minutes."""
+    launch(provider, "gcp")
+    CLOUDS["gcp"].broken = ConnectionError("no route")
+    assert provider.non_terminated_nodes({}) == ["gcp/n0"]
+    assert provider.node_tags("gcp/n0")[TAG_RAY_LAUNCH_REQUEST] == "r1"
+    assert sum(provider.clouds["gcp"].usage().workers.values()) == 1
+
+
 ANY = Bundle({"CPU": 4}, count=5)
 IN_AWS = Bundle({"CPU": 4}, (parse_selector({"cloud": "aws"}),), count=5)
 SPOT_IN_AWS = Bundle({"CPU": 4}, (parse_selector({"cloud": "aws", "ray.io/market-type": "spot"}),), count=5)
@@ -408,7 +419,10 @@ def test_bootstrap_goes_through_every_clouds_own_provider() -> None:
     assert types["head"]["node_config"]["_cloud"] == "aws"
     assert out["head_node"] == {"rights": "aws"}
     assert out["auth"] == {"ssh_private_key": "/keys/aws.pem"}
-    assert out["provider"]["node_types"] == types
+    seen = out["provider"]["node_types"]
+    assert seen["spot"] == types["spot"]
+    assert seen["head"]["node_config"]["_usd_per_hour"] == 0.5
+    assert seen["gcp"]["node_config"]["_fallback"] == []
     assert types["spot"]["priority"] > types["gcp"]["priority"] > types["on_demand"]["priority"]
 
 

@@ -8,7 +8,15 @@ from typing import Any
 
 from ray.autoscaler._private.providers import _get_node_provider_cls
 
-from xcloud.cloud.clouds import CLOUD_KEY, CloudsConfig, expand_clouds, node_types, own_config
+from xcloud.cloud.clouds import (
+    CLOUD_KEY,
+    FALLBACK_KEY,
+    PRICE_KEY,
+    CloudsConfig,
+    expand_clouds,
+    node_types,
+    own_config,
+)
 from xcloud.cloud.member_cloud import said
 from xcloud.errors import ConfigError
 
@@ -32,10 +40,13 @@ def bootstrap(cluster: dict[str, Any]) -> dict[str, Any]:
     expanded = expand_clouds(cluster, Path())
     config = CloudsConfig.read(expanded["provider"])
     head_type = expanded.get("head_node_type")
-    for name, one in node_types(config, expanded["available_node_types"], head_type).items():
+    types = node_types(config, expanded["available_node_types"], head_type)
+    for name, one in types.items():
         settings = expanded["available_node_types"][name]
         settings["node_config"] = {**(settings.get("node_config") or {}), CLOUD_KEY: one.cloud}
-        if one.usd_per_hour is not None:  # of types that do equally well, Ray takes the highest priority
+        if (
+            one.usd_per_hour is not None
+        ):  # of types that do equally well, Ray takes that of the highest priority
             settings.setdefault("priority", -round(1000 * one.usd_per_hour))
     out = _by_cloud(expanded, "bootstrap_config")
     for name, spec in out["provider"]["clouds"].items():
@@ -43,6 +54,9 @@ def bootstrap(cluster: dict[str, Any]) -> dict[str, Any]:
         if key and name != config.home:
             out.setdefault("file_mounts", {})[f"{HEADS_KEYS}/{name}.pem"] = key
     out["provider"]["node_types"] = copy.deepcopy(out["available_node_types"])
+    for name, one in types.items():  # not into the types themselves: a head of another price is no other head
+        own = out["provider"]["node_types"][name]["node_config"]
+        own |= {PRICE_KEY: one.usd_per_hour, FALLBACK_KEY: list(one.fallback)}
     return out
 
 

@@ -73,7 +73,9 @@ def parse_node(text: str) -> Node:
     else:
         proper = re.fullmatch(NAME, name.replace(":", "-"))
         name = name.replace(":", "-")  # of an IPv6 address
-    wrong = next((address for address in addresses if not (_ip(address) or re.fullmatch(NAME, address))), None)
+    wrong = next(
+        (address for address in addresses if not (_ip(address) or re.fullmatch(NAME, address))), None
+    )
     if not proper or wrong is not None or name in (AUTHORITY, TOKEN):
         raise KeyFileError(
             f"--node {text}: expected NAME, ADDRESS or NAME=ADDRESS,ADDRESS, where a name has letters, digits, '_', "

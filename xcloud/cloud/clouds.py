@@ -11,12 +11,15 @@
       aws_h100_spot:
         node_config: {_cloud: aws, _usd_per_hour: 21.5, _fallback: [aws_h100, gcp_h100], InstanceType: ...}
 
-Keys of `node_config` that begin with `_` and stand here are ours; a cloud's own provider never sees them.
+Keys of `node_config` that begin with `_` and stand here are ours; a cloud's own provider never sees them. Without
+`_fallback`, a type falls back to those of its cloud that differ in nothing but the market. Without `_usd_per_hour`, the
+price is that of the price book (`xcloud.prices`), where it knows the machine.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xcloud.cloud.fallback import CloudLimits, NodeType
 from xcloud.errors import ConfigError
+from xcloud.prices import PriceBook, load_prices
 from xcloud.registry import nearest
 from xcloud.strict_yaml import StrictLoader
 
@@ -167,7 +171,7 @@ def node_types(
         cloud = node.get(CLOUD_KEY, config.home if name == head_type else None)
         if cloud not in config.clouds:
             raise ConfigError(f"{at}.{CLOUD_KEY}: expected one of {sorted(config.clouds)}, got {cloud!r}")
-        price = node.get(PRICE_KEY)
+        price = node.get(PRICE_KEY, _book_price(config.clouds[cloud].provider or {}, node))
         if price is not None and (
             isinstance(price, bool) or not isinstance(price, int | float) or not price >= 0
         ):
@@ -176,7 +180,9 @@ def node_types(
             raise ConfigError(
                 f"{at}.{PRICE_KEY}: required, because provider.clouds.{cloud}.budget_usd_per_hour is set"
             )
-        fallback = node.get(FALLBACK_KEY, [])
+        fallback = node.get(FALLBACK_KEY)
+        if fallback is None:
+            fallback = _other_markets(name, available, cloud, head_type)
         if not isinstance(fallback, list) or not all(isinstance(other, str) for other in fallback):
             raise ConfigError(f"{at}.{FALLBACK_KEY}: expected a list of node types, got {fallback!r}")
         found[name] = NodeType(
@@ -199,6 +205,66 @@ def node_types(
             if lacking:
                 raise ConfigError(f"{at}: {other!r} has less than {name!r} of {lacking}")
     return found
+
+
+MARKET_LABEL = "ray.io/market-type"
+
+
+def _other_markets(name: str, available: Mapping[str, Any], cloud: str, head_type: str | None) -> list[str]:
+    """Types of the same cloud that are equal but for the market; types without labels are not told apart by it."""
+
+    def but_market(settings: Mapping[str, Any]) -> Any:
+        labels = {k: v for k, v in (settings.get("labels") or {}).items() if k != MARKET_LABEL}
+        return settings.get("resources"), labels
+
+    def market(settings: Mapping[str, Any]) -> Any:
+        return (settings.get("labels") or {}).get(MARKET_LABEL)
+
+    mine = available[name]
+    return [
+        other
+        for other, settings in available.items()
+        if other not in (name, head_type)
+        and name != head_type
+        and (settings.get("node_config") or {}).get(CLOUD_KEY) == cloud
+        and but_market(settings) == but_market(mine)
+        and None not in (market(settings), market(mine))
+        and market(settings) != market(mine)
+    ]
+
+
+@functools.cache
+def _book() -> PriceBook:
+    return load_prices()
+
+
+def _book_price(provider: Mapping[str, Any], node: Mapping[str, Any]) -> float | None:
+    """What the price book says of a node type; None where it does not know the machine."""
+    arm = node.get("azure_arm_parameters") or {}
+    machine = {
+        "aws": (
+            node.get("InstanceType"),
+            (node.get("InstanceMarketOptions") or {}).get("MarketType") == "spot",
+        ),
+        "gcp": (
+            node.get("machineType"),
+            any(one.get("preemptible") for one in _as_list(node.get("scheduling")))
+            or any(one.get("provisioningModel") == "SPOT" for one in _as_list(node.get("scheduling"))),
+        ),
+        "azure": (arm.get("vmSize"), arm.get("priority") == "Spot"),
+    }.get(str(provider.get("type")))
+    if machine is None or machine[0] is None:
+        return None
+    cloud, place = str(provider["type"]), str(provider.get("region") or provider.get("location"))
+    if machine[0] not in {one.name for one in _book().instances(cloud)}:
+        return None
+    found = _book().per_hour(cloud, place, machine[0], "spot" if machine[1] else "on_demand")
+    return None if found is None else found.usd
+
+
+def _as_list(value: Any) -> list[Any]:
+    """GCP's `scheduling` is a list of one mapping in Ray's files, and a mapping in Google's."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def expand_clouds(cluster: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class MemberCloud:
         self._making = threading.Lock()
         self._launching: dict[object, tuple[str, int]] = {}
         self._landed: set[object] = set()
+        self._new: dict[object, dict[str, Seen]] = {}
         self._lock = threading.Lock()
         self._listing: threading.Thread | None = None
 
@@ -109,11 +110,14 @@ class MemberCloud:
         if self.api.failures:
             log.warning("cloud %s answers again after %d failures", self.name, self.api.failures)
         self.api.succeed()
-        self.nodes, self.answered = nodes, True
         with self._lock:  # launches that had ended before the answer was asked for are in it
             for token in landed:
                 self._landed.discard(token)
                 self._launching.pop(token, None)
+                self._new.pop(token, None)
+            for seen in self._new.values():
+                nodes = {**seen, **nodes}
+            self.nodes, self.answered = nodes, True
 
     def _list(self) -> dict[str, Seen]:
         provider = self.provider
@@ -132,7 +136,9 @@ class MemberCloud:
         """Its nodes, and those that are being launched."""
         workers: dict[str, int] = {}
         head = None
-        for seen in list(self.nodes.values()):
+        with self._lock:
+            new = {node for nodes in self._new.values() for node in nodes}  # counted as launches
+        for seen in [seen for node, seen in self.nodes.items() if node not in new]:
             kind, node_type = seen.tags.get(TAG_RAY_NODE_KIND), seen.tags.get(TAG_RAY_USER_NODE_TYPE, "")
             if kind == NODE_KIND_WORKER:
                 workers[node_type] = workers.get(node_type, 0) + 1
@@ -174,6 +180,11 @@ class MemberCloud:
         except CloudError:
             self._end(reservation, landed=False)
             raise
+        with (
+            self._lock
+        ):  # told of from now on, even if the next listing fails: Ray must see it before it joins
+            self._new[reservation] = {node: Seen(dict(tags), running=False) for node in made or ()}
+            self.nodes = {**self._new[reservation], **self.nodes}
         self._end(reservation, landed=True)
         return made
 
