@@ -52,7 +52,7 @@ _LAUNCH = threading.Lock()
 class FakeCloud(FakeMultiNodeProvider):
     """One of several: node ids of its own (`id_base`), the head only at `home`, failures by file.
 
-    `down` in the control folder: its API does not answer. `full`: it launches nothing; the text is the reason.
+    `down` in the control folder: its API does not answer. `full-TYPE`: it has no node of this type; the text says why.
     """
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
@@ -85,7 +85,7 @@ class FakeCloud(FakeMultiNodeProvider):
         self, node_config: Any, tags: Any, count: int, *rest: Any
     ) -> None:
         self._answer()
-        full = self._control / "full"
+        full = self._control / f"full-{tags['ray-user-node-type']}"
         if full.exists():
             raise RuntimeError(full.read_text())
         super().create_node_with_resources_and_labels(node_config, tags, count, *rest)
@@ -253,7 +253,7 @@ class FakeClouds:
         return {node: process for node, process in found.items() if node != FAKE_HEAD_NODE_ID}
 
     def fail(self, cloud: str, how: str, reason: str = "") -> None:
-        """From now on, the cloud is `down` or `full`."""
+        """From now on, the cloud is `down`, or `full-TYPE`."""
         (self._controls[cloud] / how).write_text(reason)
 
     def heal(self, cloud: str, how: str) -> None:

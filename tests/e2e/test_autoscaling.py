@@ -115,3 +115,28 @@ def test_a_killed_node_is_replaced(tmp_path: Path) -> None:
     kinds = [(e.kind, e.fields.get("region")) for e in events(run_dir)]
     assert ("region_failed", "europe-west4") in kinds
     assert ("region_rejoined", "europe-west4") in kinds
+
+
+@pytest.mark.slow
+def test_a_full_market_falls_back_to_the_other(tmp_path: Path) -> None:
+    """No spot machine is to be had: a pool that does not pin the market gets one on-demand node, and only one."""
+    labels = {"spot": {"ray.io/market-type": "spot"}, "on_demand": {"ray.io/market-type": "on-demand"}}
+    price = {"spot": 1.0, "on_demand": 3.0}
+    types = {
+        f"a_{market}": node_type(
+            "a", "us-east-1", labels=labels[market], node_config={"_usd_per_hour": price[market]}
+        )
+        for market in labels
+    }
+    run_dir = tmp_path / "run"
+    raw = two_clouds(tmp_path)
+    raw["regions"] = raw["regions"][:1]
+    with fake_clouds(tmp_path / "clouds", types) as clouds:
+        clouds.fail("a", "full-a_spot", "no spot capacity")
+        with training(clouds, raw, run_dir) as driver:
+            until(lambda: clouds.nodes("a"), 60, clouds.monitor_log)
+            output = finish(driver, clouds)
+        log = clouds.monitor_log()
+    assert [row.round for row in read_rounds(run_dir)] == [1, 2]
+    assert log.count("launched 1 x a_on_demand instead of a_spot") == 1
+    assert "the last launch of a_spot failed: a_spot: RuntimeError: no spot capacity" in output
