@@ -313,7 +313,8 @@ def expand_clouds(cluster: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _load(path: Path, at: str) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 - a SafeLoader
+        text = path.read_text(encoding="utf-8")
+        raw = yaml.load(text, Loader=StrictLoader)  # noqa: S506 - a SafeLoader subclass  # nosec B506
     except OSError as error:
         raise ConfigError(f"{at}: {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
