@@ -159,7 +159,7 @@ class EmulatedCables:
     def cut(self) -> None:
         if self._emulator is not None:
             self._emulator.terminate()
-            self._emulator.wait(10)
+            self._emulator.communicate(timeout=10)
         for space in self.spaces.values():
             subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
 
@@ -204,6 +204,8 @@ class Wan(Generic[C]):
         for process in alive:
             _signal(process, "kill")
         psutil.wait_procs(alive, timeout=10)
+        for ended in self._processes:
+            ended.wait(10)
         self.cables.cut()
 
     def _start(self, prefix: list[str], *arguments: str, node: str) -> None:
