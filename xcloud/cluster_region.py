@@ -132,8 +132,10 @@ class ClusterRegion:
 
     def waiting(self) -> Future[str | None]:
         """What the region's pools wait for, while one of them has no room; None otherwise."""
-        if not self._labelled:
-            return call(self.name, ray.put(None), lambda _: None)
+        if not self._labelled:  # one machine, started for as many workers as there are
+            nothing: Future[str | None] = Future()
+            nothing.set_result(None)
+            return nothing
         return later(self.name, lambda: what_is_missing(self._groups, self._pools))
 
     def run(self, plan: RoundPlan) -> Future[tuple[RegionReport, list[Handle]]]:
