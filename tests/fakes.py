@@ -90,6 +90,8 @@ class World:
     """Every region process there ever was."""
     builds: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
+    missing: dict[str, str] = field(default_factory=dict)
+    """What regions have no room for while they have not started."""
     restarts: int = 0
     """Of the aggregator."""
     restored: list[tuple[str, int, int | None, int]] = field(default_factory=list)
@@ -229,6 +231,9 @@ class FakeRegion:
     def progress(self) -> Future[Progress | None]:
         self.asked_for_progress += 1
         return settled(lambda: None)
+
+    def waiting(self) -> Future[str | None]:
+        return settled(lambda: None if self.started else self.world.missing.get(self.name))
 
     def start(self, evaluate: bool) -> Future[RegionReady]:
         return self._call("start", None, lambda: self._start(evaluate))

@@ -43,6 +43,9 @@ Offer = tuple[RegionReport, list[Any]]
 
 TICK_S = 0.5
 
+WAITING_S = 3.0
+"""How often regions that start are asked what they wait for."""
+
 
 class RegionHandle(Protocol):
     """A region as the driver sees it; every call returns at once with a future."""
@@ -62,6 +65,8 @@ class RegionHandle(Protocol):
     def restore(self, order: RestoreOrder) -> Future[RegionReady]: ...
 
     def progress(self) -> Future[Progress | None]: ...
+
+    def waiting(self) -> Future[str | None]: ...
 
     def secure(self, stage: str, round: int, asked: bytes) -> Future[bytes]: ...
 
@@ -118,6 +123,9 @@ class Fleet:
         self._sums: dict[int, tuple[RoundSum, list[Any]]] = {}
         self._asked: dict[str, Future[Progress | None]] = {}
         self._poll_at = 0.0
+        self._missing: dict[str, Future[str | None]] = {}
+        self._missed: dict[str, str | None] = {}
+        self._missing_at = time.monotonic() + WAITING_S
 
     @property
     def ready(self) -> list[str]:
@@ -344,6 +352,7 @@ class Fleet:
                 return
             busy = [m.busy for m in self._members.values() if m.busy is not None]
             wait(busy, timeout=TICK_S, return_when=FIRST_COMPLETED)
+            self._poll_waiting()
 
     def close(self) -> None:
         """End all regions' processes."""
@@ -417,6 +426,7 @@ class Fleet:
             if time.monotonic() >= self._poll_at:
                 self._poll_at = time.monotonic() + TICK_S
                 self._poll_progress()
+                self._poll_waiting()
 
     def _poll_progress(self) -> None:
         """Ask once at a time, never wait: a busy or dead region must not hold up the rest."""
@@ -428,6 +438,25 @@ class Fleet:
                     self._log.progress(progress)
             if asked is None or asked.done():
                 self._asked[name] = self._members[name].handle.progress()
+
+    def _poll_waiting(self) -> None:
+        """Log what starting regions have no room for, when that changes; as `_poll_progress`, it never waits."""
+        for name, asked in list(self._missing.items()):
+            if not asked.done():
+                continue
+            del self._missing[name]
+            if asked.exception() is not None or self._members[name].state is not State.STARTING:
+                continue  # the call that starts the region fails, too, and says why
+            missing = asked.result()
+            if missing != self._missed.get(name):
+                self._log.event("placement_waiting", region=name, missing=missing)
+            self._missed[name] = missing
+        if time.monotonic() < self._missing_at:
+            return
+        self._missing_at = time.monotonic() + WAITING_S
+        for name, member in self._members.items():
+            if member.state is State.STARTING and name not in self._missing:
+                self._missing[name] = member.handle.waiting()
 
     def _log_ready(self, ready: RegionReady, seconds: float) -> None:
         fields = json_safe(ready)

@@ -141,6 +141,8 @@ def event_line(event: Event, width: int | None = None) -> str | None:
         return f"{region}: restarting (start {get('attempt')})"
     if event.kind == "pool_fitted":
         return f"{region} pool {get('pool')}: {get('reason')}"
+    if event.kind == "placement_waiting":
+        return f"{region}: {get('missing') or 'there is room now; loading torch, DeepSpeed'}"
     if event.kind == "region_ready":
         return _ready_line(event.fields, width)
     if event.kind == "region_failed":

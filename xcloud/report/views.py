@@ -92,6 +92,7 @@ class LiveView:
         if board.masked:
             parts.append(Text(board.masked, style="green", no_wrap=True, overflow="ellipsis"))
         parts += [self._bar(), self._phase(), *self._spent(), Text(""), self._table()]
+        parts += [Text(line, style="yellow") for line in board.missing.values()]
         parts += [
             Text(f"! {notice}", style="red", no_wrap=True, overflow="ellipsis") for notice in board.notices
         ]
