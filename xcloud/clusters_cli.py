@@ -149,6 +149,7 @@ def _checked(file: Path, jobs: Sequence[Path], prices: Path | None, crds: Path |
     from xcloud.cloud.cluster_rules import fill_ins, rule_problems  # noqa: PLC0415
     from xcloud.cloud.cluster_schema import (  # noqa: PLC0415
         CRDS_VARIABLE,
+        composite_problems,
         kuberay_problems,
         launcher_problems,
         read_crds,
@@ -160,7 +161,7 @@ def _checked(file: Path, jobs: Sequence[Path], prices: Path | None, crds: Path |
     cluster = read_cluster(file)
     warnings = fill_ins(cluster)
     if cluster.form == "launcher":
-        problems = list(launcher_problems(cluster))
+        problems = [*launcher_problems(cluster), *composite_problems(cluster)]
     else:
         named = crds or (Path(os.environ[CRDS_VARIABLE]) if os.environ.get(CRDS_VARIABLE) else None)
         problems = [] if named is None else list(kuberay_problems(cluster, read_crds(named)))

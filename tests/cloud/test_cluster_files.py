@@ -13,7 +13,7 @@ import yaml
 from xcloud.cloud.cluster_file import ClusterFile, dump_cluster, parse_cluster, read_cluster
 from xcloud.cloud.cluster_jobs import job_problems, selects
 from xcloud.cloud.cluster_rules import fill_ins, rule_problems
-from xcloud.cloud.cluster_schema import kuberay_problems, launcher_problems, read_crds
+from xcloud.cloud.cluster_schema import composite_problems, kuberay_problems, launcher_problems, read_crds
 from xcloud.cloud.settings import PlacementConfig
 from xcloud.config import load_job
 from xcloud.errors import ConfigError
@@ -27,7 +27,7 @@ CRDS = os.environ.get("XCLOUD_KUBERAY_CRDS")
 
 def problems_of(cluster: ClusterFile) -> list[str]:
     """As `xcloud clusters validate` finds them: the rules take the schema for granted."""
-    found = list(launcher_problems(cluster)) if cluster.form == "launcher" else []
+    found = [*launcher_problems(cluster), *composite_problems(cluster)] if cluster.form == "launcher" else []
     return [str(problem) for problem in found or rule_problems(cluster, BOOK)]
 
 
@@ -218,8 +218,14 @@ WRONG = {
     "unknown cloud": (
         "multi_cloud.yaml",
         node("gcp_cpu", node_config___cloud="gpc"),
-        "available_node_types.gcp_cpu.node_config._cloud: 'gpc' is not in provider.clouds",
-        "known: aws",
+        "multi_cloud.yaml: available_node_types.gcp_cpu.node_config._cloud: expected one of",
+        "got 'gpc'",
+    ),
+    "no price under a budget": (
+        "multi_cloud.yaml",
+        node("azure_t4", node_config__azure_arm_parameters__vmSize="Standard_Unheard"),
+        "multi_cloud.yaml: available_node_types.azure_t4.node_config._usd_per_hour: ",
+        "budget_usd_per_hour is set",
     ),
     "quota": (
         "aws.yaml",
@@ -369,17 +375,21 @@ def test_a_file_that_is_not_there() -> None:
         read_cluster(Path("none.yaml"))
 
 
-def test_a_cloud_may_take_its_provider_from_another_file(tmp_path: Path) -> None:
-    (tmp_path / "aws.yaml").write_text((ROOT / "clusters" / "aws.yaml").read_text(encoding="utf-8"))
-
-    def point(raw: Any) -> None:
-        raw["provider"]["clouds"]["aws"] = {"file": "aws.yaml", "max_workers": 8}
-
-    documents = yaml.safe_load((ROOT / "clusters" / "multi_cloud.yaml").read_text(encoding="utf-8"))
-    point(documents)
-    cluster = parse_cluster(yaml.safe_dump(documents), tmp_path / "multi.yaml")
-    assert cluster.providers()["aws"][1]["region"] == "us-east-1"
-    assert rule_problems(cluster, BOOK) == []
+def test_a_cloud_may_be_taken_from_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    raw = yaml.safe_load((ROOT / "clusters" / "multi_cloud.yaml").read_text(encoding="utf-8"))
+    raw["provider"]["clouds"]["azure"] = {"file": "clusters/azure.yaml", "max_workers": 8}
+    for name in [name for name in raw["available_node_types"] if name.startswith("azure_")]:
+        del raw["available_node_types"][name]
+    cluster = parse_cluster(yaml.safe_dump(raw), tmp_path / "multi.yaml")
+    assert problems_of(cluster) == []
+    taken = {node.name: node for node in cluster.node_types}["a100x8_spot"]
+    assert (taken.cloud, taken.place, taken.market) == ("azure", "westeurope", "spot")
+    assert parse_cluster(dump_cluster(cluster), cluster.path) == cluster
+    assert "file" in dump_cluster(cluster)
+    raw["provider"]["clouds"]["azure"]["file"] = "none.yaml"
+    with pytest.raises(ConfigError, match=r"multi\.yaml: provider\.clouds\.azure\.file: none\.yaml"):
+        parse_cluster(yaml.safe_dump(raw), tmp_path / "multi.yaml")
 
 
 def test_what_is_to_be_filled_in_is_told_once_for_each_value() -> None:

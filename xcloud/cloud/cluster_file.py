@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import yaml
 
+from xcloud.cloud.clouds import expand_clouds
 from xcloud.cloud.node_types import NodeType, kuberay_types, launcher_types, started_types
 from xcloud.errors import ConfigError
 from xcloud.strict_yaml import StrictDumper, StrictLoader
 
-__all__ = ["ClusterFile", "Problem", "dump_cluster", "parse_cluster", "read_cluster", "walk"]
+__all__ = ["COMPOSITE", "ClusterFile", "Problem", "dump_cluster", "parse_cluster", "read_cluster", "walk"]
 
+COMPOSITE = "xcloud.cloud.composite.CompositeNodeProvider"
 LOOPBACK = re.compile(r"127(\.\d+){3}|::1|localhost")
 
 
@@ -49,18 +51,20 @@ class ClusterFile:
         path: as the user wrote it.
         documents: its YAML documents as parsed.
         form: whose format it has.
+        expanded: of a file over several clouds: with the cluster files that it names taken into it.
         node_types: what it offers.
     """
 
     path: Path
     documents: tuple[Mapping[str, Any], ...]
     form: Literal["launcher", "kuberay"]
+    expanded: Mapping[str, Any] | None = field(default=None, compare=False)
     node_types: tuple[NodeType, ...] = field(default=(), compare=False)
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The launcher's config, or the first document."""
-        return self.documents[0]
+        """The launcher's config, with the files that it takes other clouds from; or the first document."""
+        return self.documents[0] if self.expanded is None else self.expanded
 
     @property
     def provider(self) -> str:
@@ -83,10 +87,7 @@ class ClusterFile:
             return {str(provider.get("type")): ("provider", provider)}
         found = {}
         for name, cloud in (provider.get("clouds") or {}).items():
-            key, own = f"provider.clouds.{name}", cloud
-            if "file" in cloud:
-                own = read_cluster(self.path.parent / str(cloud["file"])).config
-            found[name] = (f"{key}.provider", own.get("provider") or {})
+            found[name] = (f"provider.clouds.{name}.provider", cloud.get("provider") or {})
         return found
 
     def only(self, wanted: Callable[[Mapping[str, Any]], bool]) -> ClusterFile:
@@ -146,6 +147,11 @@ def parse_cluster(text: str, path: Path) -> ClusterFile:
         cluster = ClusterFile(path, documents, "kuberay")
     elif len(documents) == 1 and isinstance(documents[0].get("provider"), dict):
         cluster = ClusterFile(path, documents, "launcher")
+        if cluster.config["provider"].get("module") == COMPOSITE:
+            try:  # as the provider does it: other files are looked for from the working directory
+                cluster = replace(cluster, expanded=expand_clouds(cluster.config, Path()))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
     else:
         raise ConfigError(
             f"{path}: expected a file for Ray's cluster launcher (with 'cluster_name' and 'provider'), or documents "

@@ -158,11 +158,6 @@ def _limits(cluster: ClusterFile) -> Iterator[Problem]:
                 f"{node.key}.{most}",
                 f"{node.most} is more than provider.clouds.{called}.max_workers of {cap}",
             )
-        if caps and called not in caps:
-            yield cluster.error(
-                f"{node.key}.node_config._cloud",
-                f"{called!r} is not in provider.clouds; known: {', '.join(caps)}",
-            )
 
 
 def _quotas(cluster: ClusterFile) -> Iterator[Problem]:

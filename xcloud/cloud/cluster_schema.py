@@ -22,10 +22,11 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-from xcloud.cloud.cluster_file import ClusterFile, Problem
+from xcloud.cloud.clouds import CloudsConfig, node_types
+from xcloud.cloud.cluster_file import COMPOSITE, ClusterFile, Problem
 from xcloud.errors import ConfigError
 
-__all__ = ["CRDS_VARIABLE", "kuberay_problems", "launcher_problems", "read_crds"]
+__all__ = ["CRDS_VARIABLE", "composite_problems", "kuberay_problems", "launcher_problems", "read_crds"]
 
 CRDS_VARIABLE = "XCLOUD_KUBERAY_CRDS"
 KEY_FILES = ("ssh_private_key", "ssh_public_key")
@@ -33,7 +34,7 @@ KEY_FILES = ("ssh_private_key", "ssh_public_key")
 
 def launcher_problems(cluster: ClusterFile) -> Iterator[Problem]:
     """What Ray's cluster launcher or its autoscaler would refuse."""
-    config = copy.deepcopy(dict(cluster.config))
+    config = copy.deepcopy(dict(cluster.documents[0]))
     said = io.StringIO()
     logging_was = logging.root.manager.disable
     logging.disable(logging.WARNING)  # about defaults that it fills in
@@ -54,6 +55,19 @@ def launcher_problems(cluster: ClusterFile) -> Iterator[Problem]:
         yield cluster.error("", f"Ray refuses it: {str(error) or type(error).__name__}")
     finally:
         logging.disable(logging_was)
+
+
+def composite_problems(cluster: ClusterFile) -> Iterator[Problem]:
+    """What xcloud's own provider for several clouds would refuse."""
+    provider = cluster.config.get("provider") or {}
+    if provider.get("module") != COMPOSITE:
+        return
+    try:
+        available = cluster.config.get("available_node_types") or {}
+        node_types(CloudsConfig.read(provider), available, cluster.config.get("head_node_type"))
+    except ConfigError as error:
+        key, colon, text = str(error).partition(": ")
+        yield cluster.error(key if colon else "provider", text or str(error))
 
 
 def read_crds(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xcloud.cost.bill import CostRow
 from xcloud.messages import Progress
 from xcloud.metrics import Event, PrivacyRow, RoundRow, read_rounds
 from xcloud.report.text import NOTICE_KINDS, event_line
@@ -35,6 +36,8 @@ class RegionStand:
     bytes_up: int = 0
     bytes_down: int = 0
     privacy: PrivacyRow | None = None
+    usd: float | None = 0.0
+    """What it has cost in this run folder's rounds; None: some of it has no price."""
 
 
 class Board:
@@ -55,6 +58,8 @@ class Board:
         self.exposed = ""
         self.stopping = False
         self.notices: tuple[str, ...] = ()
+        self.cost: CostRow | None = None  # of the last round
+        self.missing: dict[str, str] = {}
         self.began = clock()
         self.round_began: float | None = None
         self._played: list[float] = []  # seconds of the last rounds
@@ -76,10 +81,20 @@ class Board:
             stand.bytes_down += region.bytes_down
             stand.privacy = region.privacy
             stand.state = "ready"
+        self._charge(row)
         self.committed, self.phase = row.round, "checkpointing"
         if self.round_began is not None:
             self._played = [*self._played, self.clock() - self.round_began][-5:]
             self.round_began = None
+
+    def _charge(self, row: RoundRow) -> None:
+        self.cost = row.cost
+        for name, part in row.cost.regions.items() if row.cost is not None else ():
+            stand = self.regions[name]
+            if stand.usd is None or part.machines_usd is None or part.egress_usd is None:
+                stand.usd = None
+            else:
+                stand.usd += part.machines_usd + part.egress_usd
 
     def on_progress(self, progress: Progress) -> None:
         stand = self.regions[progress.region]
@@ -115,6 +130,7 @@ class Board:
     def _set(self, name: str, state: str, event: Event) -> None:
         stand = self.regions[name]
         stand.state, stand.since = state, event.time
+        self.missing.pop(name, None)
         if self.phase == "training" and not any(s.state == "training" for s in self.regions.values()):
             self.phase = "merging"
 
@@ -130,6 +146,12 @@ class Board:
     def _region_starting(self, event: Event) -> None:
         first = event.fields.get("attempt", 1) == 1
         self._set(event.fields["region"], "starting" if first else "restarting", event)
+
+    def _placement_waiting(self, event: Event) -> None:
+        missing = event.fields.get("missing") is not None
+        self._set(event.fields["region"], "no room yet" if missing else "starting", event)
+        if missing:
+            self.missing[event.fields["region"]] = event_line(event) or ""
 
     def _region_ready(self, event: Event) -> None:
         self._set(event.fields["region"], "ready", event)
