@@ -38,6 +38,7 @@ from xcloud.codecs import (
     SparseConfig,
     ring_of,
 )
+from xcloud.cost.fit import FitConfig
 from xcloud.cost.settings import CostConfig
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
@@ -58,6 +59,7 @@ from xcloud.training.settings import (
     EngineConfig,
     InnerConfig,
     ModelConfig,
+    MuonConfig,
     ScaffoldConfig,
 )
 from xcloud.update import adds_up
@@ -94,7 +96,13 @@ class _Section(BaseModel):
 
 
 class PoolConfig(EngineConfig, PlacementConfig):
-    """One homogeneous pool: one accelerator type, one ZeRO group, one placement group."""
+    """One homogeneous pool: one accelerator type, one ZeRO group, one placement group.
+
+    Attributes:
+        fit: have engine settings that are not stated here chosen from the memory of the machines; null: they have their defaults.
+    """
+
+    fit: Annotated[FitConfig | None, BeforeValidator(lambda value: {} if value == "auto" else value)] = None
 
     @property
     def sequences_per_step(self) -> int:
@@ -304,6 +312,11 @@ class JobConfig(_Section):
                     raise ValueError(
                         f"regions[{r}].pools[{p}]: precision fp16 needs a gpu accelerator; "
                         "expected fp32 or bf16 on cpu"
+                    )
+                if pool.offload != "none" and isinstance(self.inner.optimizer, MuonConfig):
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}]: offload {pool.offload} keeps the masters in host memory, while muon multiplies whole "
+                        "matrices of them; expected offload: none, or another inner.optimizer"
                     )
         positions = (self.model.config or {}).get("max_position_embeddings")
         if isinstance(positions, int) and positions < self.sequence_length:
@@ -546,6 +559,10 @@ class JobConfig(_Section):
                     raise ValueError(
                         f"regions[{r}].pools[{p}].precision {pool.precision} rounds gradients after dp has measured "
                         "their norms (and fp16 scales the loss), so dp.clip_norm would not hold; expected fp32"
+                    )
+                if pool.offload != "none":
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}].offload {pool.offload} moves the gradients that dp adds its noise to; expected none"
                     )
                 if pool.activation_checkpointing:
                     raise ValueError(

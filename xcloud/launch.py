@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from xcloud.aggregation import AggregatorHandle, ClusterAggregation
-from xcloud.billing import tariff
+from xcloud.billing import price_file, tariff
 from xcloud.checkpoint import CheckpointStore
 from xcloud.cloud.session import ray_session
 from xcloud.cluster_region import ClusterRegion
 from xcloud.config import JobConfig
 from xcloud.driver import Run
+from xcloud.fitting import fit_pools
 from xcloud.fleet import Fleet
 from xcloud.ledger import Outcome, find_commit, keep_job
 from xcloud.masking import MaskedAggregation
@@ -42,6 +43,7 @@ def train(
     """
     tariff(job)  # a budget without prices, or a wrong instance type, ends before anything starts
     store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
+    job, fitted = fit_pools(job, price_file(job))
     record = find_commit(job, store, run_dir, resume)
     keep_job(job, run_dir)
     given, job = job, with_keys(job, run_dir)
@@ -60,6 +62,8 @@ def train(
             simulation=True,  # regions that share a Ray cluster are not isolated from one another
             resumed_round=record.round if record else None,
         )
+        for (name, pool), found in fitted.items():
+            log.event("pool_fitted", region=name, pool=pool, **found.settings(), reason=found.why)
         aggregator = ClusterAggregation(job, enforce_labels=not session.local)
         merging: AggregatorHandle = aggregator
         if job.secure_aggregation is not None:

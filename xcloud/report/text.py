@@ -131,6 +131,8 @@ def event_line(event: Event, width: int | None = None) -> str | None:
         if get("attempt", 1) == 1:
             return f"{region}: loading torch, DeepSpeed"
         return f"{region}: restarting (start {get('attempt')})"
+    if event.kind == "pool_fitted":
+        return f"{region} pool {get('pool')}: {get('reason')}"
     if event.kind == "region_ready":
         return _ready_line(event.fields, width)
     if event.kind == "region_failed":

@@ -51,7 +51,7 @@ class LiveView:
 
     def on_event(self, event: Event) -> None:
         self.board.on_event(event)
-        if event.kind == "region_ready":
+        if event.kind in ("pool_fitted", "region_ready"):
             line = event_line(event, self._console.width) or ""
             self._console.print(Text(line, style="dim", no_wrap=True, overflow="ellipsis"))
 

@@ -62,6 +62,8 @@ class EngineConfig(BaseModel):
         gradient_accumulation: forward passes in one inner step.
         precision: fp32, bf16 or fp16 (with dynamic loss scaling); master weights stay fp32.
         activation_checkpointing: recompute activations in the backward pass to save memory.
+        offload: what DeepSpeed keeps in host memory (arXiv 2101.06840): nothing, or the optimizer's states and masters, which
+            then steps on the host.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,15 @@ class EngineConfig(BaseModel):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
+    offload: Literal["none", "optimizer"] = "none"
+
+    @model_validator(mode="after")
+    def _shards_what_it_offloads(self) -> EngineConfig:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError(
+                "offload optimizer needs zero_stage 1, 2 or 3; at 0 DeepSpeed keeps it on the device"
+            )
+        return self
 
 
 class InnerOptimizerConfig(PartConfig):
