@@ -335,7 +335,8 @@ def _less(before: Forecast, after: Forecast) -> str:
     """By how much dollars change, where all are known."""
     if before.unpriced or after.unpriced or not before.usd:
         return ""
-    return f" ({after.usd / before.usd - 1:+.0%})"
+    change = round(100 * (after.usd / before.usd - 1))
+    return f" ({change:+d}%)" if change else ""
 
 
 def _table(*columns: str) -> Table:
