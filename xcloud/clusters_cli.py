@@ -18,7 +18,8 @@ from rich.table import Table
 from xcloud.errors import ConfigError, PlacementError
 
 if TYPE_CHECKING:
-    from xcloud.cloud.cluster_file import ClusterFile, NodeType, Problem
+    from xcloud.cloud.cluster_file import ClusterFile, Problem
+    from xcloud.cloud.node_types import NodeType
 
 __all__ = ["clusters"]
 

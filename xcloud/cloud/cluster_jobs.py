@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from xcloud.cloud.cluster_file import ClusterFile, NodeType, Problem
+from xcloud.cloud.cluster_file import ClusterFile, Problem
+from xcloud.cloud.node_types import NodeType
 from xcloud.cloud.settings import PlacementConfig
 
 __all__ = ["job_problems", "selects"]

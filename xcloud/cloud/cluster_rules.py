@@ -12,16 +12,8 @@ from typing import Any
 
 import yaml
 
-from xcloud.cloud.cluster_file import (
-    ACCELERATOR,
-    CLOUD,
-    MARKET,
-    REGION,
-    ClusterFile,
-    NodeType,
-    Problem,
-    start_commands,
-)
+from xcloud.cloud.cluster_file import ClusterFile, Problem
+from xcloud.cloud.node_types import ACCELERATOR, CLOUD, MARKET, REGION, NodeType, start_commands
 from xcloud.errors import ConfigError
 from xcloud.prices import Instance, PriceBook
 from xcloud.strict_yaml import StrictLoader
@@ -300,7 +292,7 @@ def _secured(cluster: ClusterFile) -> Iterator[Problem]:
     """TLS and token in every command that starts Ray, unless nothing leaves this machine."""
     if cluster.form == "kuberay" or cluster.on_this_machine:
         return
-    starts = dict(start_commands(cluster))
+    starts = dict(start_commands(cluster.config))
     for side in ("head_start_ray_commands", "worker_start_ray_commands"):
         if not any(key.startswith(side) for key in starts) and not cluster.config.get("docker"):
             yield cluster.error(

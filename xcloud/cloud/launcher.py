@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 
 from xcloud.cloud.certificates import check_certificate, check_token
-from xcloud.cloud.cluster_file import ClusterFile, Problem, start_commands
+from xcloud.cloud.cluster_file import ClusterFile, Problem
+from xcloud.cloud.node_types import start_commands
 from xcloud.errors import KeyFileError, PlacementError
 
 __all__ = [
@@ -51,7 +52,7 @@ def up_commands(cluster: ClusterFile, yes: bool) -> list[list[str]]:
     if cluster.form == "kuberay":
         return [["kubectl", "apply", "--filename", "-"]]
     if cluster.on_this_machine:
-        return [["bash", "-c", command] for _, command in start_commands(cluster)]
+        return [["bash", "-c", command] for _, command in start_commands(cluster.config)]
     return [[*RAY, "up", str(cluster.path), *(["--yes"] if yes else [])]]
 
 
@@ -120,7 +121,7 @@ def file_problems(cluster: ClusterFile) -> list[Problem]:
 
 def local_address(cluster: ClusterFile) -> str:
     """`HOST:PORT` of the head that a file for this machine starts."""
-    for _, command in start_commands(cluster):
+    for _, command in start_commands(cluster.config):
         port = re.search(r"--port[= ](\d+)", command)
         if "--head" in command and port:
             return f"{cluster.config['provider']['head_ip']}:{port[1]}"
@@ -161,7 +162,7 @@ def _signal(send: Callable[[], Any]) -> None:
 
 def _keys_folders(cluster: ClusterFile) -> set[str]:
     """Folders on the nodes from which start commands take the token."""
-    found = (KEYS_FOLDER.search(command) for _, command in start_commands(cluster))
+    found = (KEYS_FOLDER.search(command) for _, command in start_commands(cluster.config))
     return {match["folder"] for match in found if match}
 
 
