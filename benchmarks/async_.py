@@ -9,26 +9,17 @@ all three regions. Time is wall time from the first round's start, evaluation af
 
 from __future__ import annotations
 
-import os
-import signal
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
+from benchmarks import throttled
 from benchmarks.harness import Options, Result
-from xcloud.aggregation import ClusterAggregation
-from xcloud.checkpoint import CheckpointStore
 from xcloud.cloud.session import ray_session
-from xcloud.cluster_region import ClusterRegion
 from xcloud.config import parse_job
-from xcloud.driver import Run
-from xcloud.fleet import Fleet
-from xcloud.metrics import Event, RoundRow, RunLog
+from xcloud.metrics import Event, RoundRow
 from xcloud.quiet import apply_quiet
 
 __all__ = ["run"]
@@ -36,7 +27,6 @@ __all__ = ["run"]
 SLOW = "westeurope"
 DUTY = 0.28
 """Share of the time in which the slow rank may run; the others lose some of theirs to each other."""
-SLICE_S = 0.2
 
 JOB = """
 name: async
@@ -101,11 +91,10 @@ def run(options: Options) -> Result:
 
 
 class Course:
-    """Listener: losses over time; pulls the brake when the first round starts."""
+    """Listener: losses over time."""
 
     def __init__(self, stop: threading.Event, until: float | None) -> None:
         self.stop, self.until = stop, until
-        self.brake: Brake | None = None
         self.began: float | None = None
         self.times: list[float] = []
         self.losses: list[float] = []
@@ -115,8 +104,6 @@ class Course:
     def on_event(self, event: Event) -> None:
         if event.kind == "round_started" and self.began is None:
             self.began = time.monotonic()
-            assert self.brake is not None
-            self.brake.start()
 
     def on_round(self, row: RoundRow) -> None:
         assert self.began is not None
@@ -161,43 +148,5 @@ def play(options: Options, rounds: int, more: str, until: float | None = None) -
     job = parse_job(JOB.format(seed=options.seed, rounds=rounds, more=more))
     stop = threading.Event()
     course = Course(stop, until)
-    regions: dict[str, ClusterRegion] = {}
-
-    def build(name: str) -> ClusterRegion:
-        regions[name] = ClusterRegion(job, name, False, folder)
-        return regions[name]
-
-    with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), [course]) as log:
-        fleet = Fleet([region.name for region in job.regions], build, job.failure, log)
-        brake = course.brake = Brake(lambda: int(ray.get(regions[SLOW].actor.pids.remote())["pool0/rank0"]))
-        try:
-            Run(job, fleet, ClusterAggregation(job), CheckpointStore(folder), log, stop).play(None, None)
-        finally:
-            brake.release()
-            fleet.close()
+    throttled.play(job, {(SLOW, "pool0/rank0"): DUTY}, [course], stop)
     return course
-
-
-class Brake(threading.Thread):
-    """Stops a process for most of the time, a slice after the other."""
-
-    def __init__(self, find: Any) -> None:
-        super().__init__(daemon=True)
-        self._find, self._done = find, threading.Event()
-
-    def run(self) -> None:
-        pid = self._find()
-        try:
-            while not self._done.is_set():
-                os.kill(pid, signal.SIGSTOP)
-                self._done.wait((1 - DUTY) * SLICE_S)
-                os.kill(pid, signal.SIGCONT)
-                self._done.wait(DUTY * SLICE_S)
-        except ProcessLookupError:
-            return  # it was ended with its region
-
-    def release(self) -> None:
-        """Let the process go on."""
-        self._done.set()
-        if self.is_alive():
-            self.join()

@@ -97,6 +97,10 @@ class World:
     restored: list[tuple[str, int, int | None, int]] = field(default_factory=list)
     """(region, round, round of the inner state, cursor) of every restore."""
     held: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
+    leaving: set[tuple[str, int]] = field(default_factory=set)
+    """(region, round) in which a region's machines are about to go: it takes one step."""
+    step_s: dict[str, float] = field(default_factory=dict)
+    """Seconds that a region's step takes, where that matters."""
 
     def build(self, name: str) -> FakeRegion:
         """A region's fresh processes."""
@@ -298,7 +302,9 @@ class FakeRegion:
         return self.pending
 
     def _train(self, plan: RoundPlan) -> tuple[RegionReport, list[int]]:
-        end = self.cursor + plan.inner_steps * self.settings.sequences_per_step
+        leaving = (self.name, plan.round) in self.world.leaving
+        steps = 1 if leaving else plan.steps_of(self.name)
+        end = self.cursor + steps * self.settings.sequences_per_step
         self.world.trained.append((self.name, plan.round, self.cursor, end))
         if not self.job.streaming.keeps_local:
             self.local = self.anchor.copy()
@@ -315,6 +321,7 @@ class FakeRegion:
         chunks = range(*plan.chunks) if plan.chunks else self.chunks
         parts = self._by_chunk(update)
         tokens = (end - self.cursor) * TOKENS_PER_SEQUENCE
+        compute_s = steps * self.world.step_s[self.name] if self.name in self.world.step_s else 0.25
         report = RegionReport(
             region=self.name,
             round=plan.round,
@@ -325,9 +332,10 @@ class FakeRegion:
             cursor=end,
             chunk_bytes=tuple(parts[c].nbytes for c in chunks),
             parts=tuple((c, 1) for c in chunks),
-            compute_s=0.25,
+            compute_s=compute_s,
             encode_s=0.0,
-            pools=(PoolReport(pool=0, tokens=tokens, loss_sum=0.0, steps=1, compute_s=0.25),),
+            leaving=leaving,
+            pools=(PoolReport(pool=0, tokens=tokens, loss_sum=0.0, steps=1, compute_s=compute_s),),
         )
         return report, [self.world.put(parts[c]) for c in chunks]
 

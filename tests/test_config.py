@@ -289,6 +289,7 @@ WRONG: list[tuple[str, Any, str]] = [
         "fp16",
         "regions[1].pools[0]: precision fp16 needs a gpu accelerator; expected fp32 or bf16 on cpu",
     ),
+    ("regions.0.pools.0", {"offload": "optimizer", "zero_stage": 0}, "regions[0].pools[0]: offload optimizer needs zero_stage 1, 2 or 3"),
     (
         "sequence_length",
         65,
@@ -343,6 +344,12 @@ def test_many_mistakes_are_told_at_once() -> None:
         "  regions[1].pools[0].worker",
         "  zzz",
     ]
+
+
+def test_muon_does_not_step_on_the_host() -> None:
+    raw = changed("inner", {"optimizer": "muon"})
+    raw["regions"][0]["pools"][0] |= {"offload": "optimizer", "zero_stage": 2}
+    assert "regions[0].pools[0]: offload optimizer keeps the masters in host memory" in error(raw)
 
 
 def test_fp16_is_fine_on_a_gpu() -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 from rich.console import Console
 
 from xcloud.config import JobConfig, parse_job
+from xcloud.cost.bill import CostRow, RegionCost, Spent
+from xcloud.cost.settings import CostConfig
 from xcloud.messages import Progress
-from xcloud.metrics import Event, PrivacyRow, RegionRow, RoundRow, RunLog
+from xcloud.metrics import Event, PrivacyRow, RegionRow, RoundRow, RunLog, read_rounds
 from xcloud.report import (
     Board,
     JsonView,
@@ -28,6 +31,7 @@ from xcloud.report import (
     human_count,
     human_loss,
     human_seconds,
+    human_usd,
     job_record,
     job_summary,
     round_line,
@@ -494,3 +498,108 @@ def test_status_of_a_run_that_failed_before_its_first_round(tmp_path: Path) -> N
     assert "demo  failed  round 0/24" in text
     assert "reason: PlacementError: no room" in text
     assert f"xcloud train JOB --resume {tmp_path}" in text.replace("\n", "")
+
+
+def costs(number: int, *, known: bool = True) -> CostRow:
+    part = RegionCost(
+        accelerator_hours=2.0,
+        core_hours=0.0,
+        instance_hours=0.25,
+        machines_usd=1.5 if known else None,
+        egress_bytes=10**9,
+        egress_usd=0.09,
+    )
+    return CostRow(
+        seconds=900.0,
+        machines_usd=3.0 if known else 1.5,
+        egress_usd=0.18,
+        spent_usd=3.18 * number,
+        unpriced=() if known else ("machines of europe-west4",),
+        egress={"gcp/europe-west4 -> aws/us-east-1": 2 * 10**9},
+        regions={"us-east-1": part.model_copy(update={"machines_usd": 1.5}), "europe-west4": part},
+    )
+
+
+@pytest.mark.parametrize(
+    ("usd", "said"),
+    [
+        (0.0, "$0.00"),
+        (12.345, "$12.35"),
+        (1234.5, "$1,234"),
+        (0.01234, "$0.0123"),
+        (0.5, "$0.500"),
+        (None, "unknown"),
+    ],
+)
+def test_dollars_for_people(usd: float | None, said: str) -> None:
+    assert human_usd(usd) == said
+
+
+def test_a_sum_that_lacks_a_price_says_so() -> None:
+    assert human_usd(2.0, whole=False) == ">= $2.00"
+    assert human_usd(0.0, whole=False) == "unknown"
+    assert "cost >= $1.68" in round_line(row(3, cost=costs(1, known=False)), 24)
+    assert "cost $3.18" in round_line(row(3, cost=costs(1)), 24)
+    assert "cost" not in round_line(row(3), 24)
+
+
+def closing_of(reason: str, spent: Spent | None, budget: float | None) -> list[str]:
+    return closing(finished=not reason, reason=reason, cost=spent, budget_usd=budget)
+
+
+def test_the_closing_lines_say_what_it_cost_and_what_to_raise() -> None:
+    spent = Spent().plus(costs(1), 3.18)
+    assert "  cost        $3.18 (machines $3.00, egress $0.180)" in closing_of("", spent, None)
+    lines = closing_of("budget", spent, 5.0)
+    assert any(
+        "$5.00 (cost.budget_usd) is not enough for another round, of about $3.18" in line for line in lines
+    )
+    assert (
+        "  xcloud train job.yaml --set rounds=24 --set cost.budget_usd=MORE --resume 'runs/my run'" in lines
+    )
+    unknown = Spent().plus(costs(1, known=False), 3.18)
+    assert any(
+        "cost        >= $1.68 (machines $1.50, egress $0.180; no price: machines of europe-west4)" in line
+        for line in closing_of("", unknown, None)
+    )
+    assert not any("cost" in line for line in closing_of("", None, None))
+
+
+def test_the_live_view_has_a_column_and_a_line_of_costs(job: JobConfig) -> None:
+    paid = job.model_copy(update={"cost": CostConfig(budget_usd=100.0)})
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    view = LiveView(paid, Path("runs/x"), console)
+    view.close()
+    view.on_round(row(1, cost=costs(1)))
+    view.on_round(row(2, cost=costs(2)))
+    console.print(view.render())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "spent $6.36 of $100.00, $3.18 in the last round" in shown
+    assert re.search(r"europe-west4 .* \$3\.18\s*$", shown, re.MULTILINE)  # its two rounds
+    view.on_round(row(3, cost=costs(3, known=False)))
+    assert view.board.regions["europe-west4"].usd is None
+    assert view.board.regions["us-east-1"].usd == pytest.approx(4.77)
+
+
+def test_status_tells_hours_and_dollars(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log.event("run_started", job="demo", rounds=24, regions=NAMES)
+        log.round(row(1, cost=costs(1)))
+        log.round(row(2, cost=costs(2)))
+    Spent().plus(costs(1), 3.18).plus(costs(2), 3.18).keep(tmp_path)
+    record = status_record(tmp_path)
+    assert record["cost"]["usd"] == pytest.approx(6.36)
+    assert record["cost"]["accelerator_hours"] == 8.0
+    assert record["regions"]["europe-west4"]["cost"]["machines_usd"] == 3.0
+    console = Console(file=io.StringIO(), width=140)
+    console.print(status_view(tmp_path))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "cost $6.36: machines $6.00, egress $0.360" in shown
+    assert "8 accelerator-hours, 0 core-hours, 1 instance-hours" in shown
+
+
+def test_rows_from_before_costs_were_booked_are_still_read(tmp_path: Path) -> None:
+    old = json.loads(row(1).model_dump_json())
+    del old["cost"]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n")
+    assert read_rounds(tmp_path)[0].cost is None

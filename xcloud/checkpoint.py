@@ -27,6 +27,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
+from xcloud.cost.bill import Spent
 from xcloud.errors import CheckpointError
 from xcloud.messages import CheckpointFile
 from xcloud.privacy import PrivacyLedger
@@ -62,7 +63,8 @@ class RegionState(BaseModel):
 
 class CommitRecord(BaseModel):
     """`commit.json`: everything needed to go on from a round. `norms` are of the last merged updates, where the job has guards;
-    `endorsements` the regions' signatures on the model, where their updates are masked."""
+    `endorsements` the regions' signatures on the model, where their updates are masked; `spent` what the run has cost, where it is
+    billed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -80,6 +82,7 @@ class CommitRecord(BaseModel):
     norms: tuple[float, ...] = ()
     endorsements: dict[str, str] = {}
     privacy: PrivacyLedger | None = None
+    spent: Spent | None = None
 
 
 class ChunkFile(BaseModel):

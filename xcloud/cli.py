@@ -22,10 +22,14 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from xcloud import __version__
+from xcloud.clusters_cli import clusters
+from xcloud.cost.bill import Spent
 from xcloud.errors import ConfigError, XCloudError
+from xcloud.jobs_cli import jobs, logs, stop, submit
 from xcloud.keys_cli import keys
 from xcloud.messages import Progress
 from xcloud.metrics import Event, RoundRow, RunLog, holds_run, read_rounds, to_plain
+from xcloud.plan_cli import plan
 from xcloud.quiet import apply_quiet
 from xcloud.registry import nearest
 from xcloud.report import (
@@ -75,6 +79,9 @@ app = typer.Typer(
 )
 
 app.add_typer(keys, name="keys")
+for command in (plan, submit, jobs, logs, stop):
+    app.command()(command)
+app.add_typer(clusters, name="clusters")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under runs/.")]
@@ -123,14 +130,27 @@ def train(
         str | None,
         typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, or a new one on this machine."),
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="Join a cluster over the network without TLS and token. Default: refuse."
+        ),
+    ] = False,
     as_json: Json = False,
+    progress: Annotated[
+        bool, typer.Option("--progress", hidden=True, help="With --json: steps, too.")
+    ] = False,
 ) -> None:
     """Train a job."""
     began = time.monotonic()
     config = _load(job, overrides)
     command = [str(job), *(word for override in overrides or () for word in ("--set", override))]
     folder = _run_folder(config.name, command, run_dir, resume)
-    view = JsonView() if as_json else text_view(config, folder, Console(file=sys.stdout, highlight=False))
+    view = (
+        JsonView(progress=progress)
+        if as_json
+        else text_view(config, folder, Console(file=sys.stdout, highlight=False))
+    )
     signals = _Signals(view)
     with closing(view), RunLog(folder, [view, signals]) as log:
         # Here, because it loads Ray: `xcloud --help` should not wait for that, and the view already shows.
@@ -146,6 +166,7 @@ def train(
                     resume=resume is not None,
                     stop=signals.stop,
                     stop_after=stop_after,
+                    insecure=insecure,
                 )
         except (XCloudError, KeyboardInterrupt):
             view.close()
@@ -164,9 +185,17 @@ def train(
             eval_loss_start=outcome.eval_loss_start,
             eval_loss_end=outcome.eval_loss_end,
             seconds=time.monotonic() - began,
+            cost=Spent.kept(folder),
+            budget_usd=config.cost.budget_usd if config.cost is not None else None,
         )
     )
     if not outcome.finished:
+        if outcome.reason == "budget":
+            typer.echo(
+                f"error: {folder}: another round would exceed cost.budget_usd; the run is saved: raise it and resume",
+                err=True,
+            )
+            raise typer.Exit(1)
         if signals.stop.is_set():
             raise typer.Exit(INTERRUPTED)
         if stop_after is None:
@@ -177,6 +206,10 @@ def train(
 def validate(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a job file and show what it amounts to. Starts nothing."""
     config = _load(job, overrides)
+    # Here, because it loads the job file's parts, and `xcloud --help` should not wait for that.
+    from xcloud.billing import tariff  # noqa: PLC0415
+
+    tariff(config)
     if as_json:
         _print_json({"valid": True, **job_record(config)})
         return
@@ -299,6 +332,7 @@ def _run_folder(name: str, command: list[str], run_dir: Path | None, resume: str
             raise ConfigError("--resume continues in the run's own folder; leave --run-dir out")
         return _find_run(resume)
     if run_dir is not None:
+        run_dir = run_dir.expanduser()
         if holds_run(run_dir):
             again = shlex.join(["xcloud", "train", *command, "--resume", str(run_dir)])
             raise ConfigError(
@@ -322,7 +356,7 @@ def _find_run(run: str) -> Path:
     Raises:
         ConfigError: there is none; names the nearest.
     """
-    path = Path(run)
+    path = Path(run).expanduser()
     for folder in (path, RUNS / run):
         if holds_run(folder):
             return folder

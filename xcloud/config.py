@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from xcloud.aggregators import AGGREGATORS, AggregatorConfig, MeanConfig
+from xcloud.balance import BalanceConfig
 from xcloud.cloud.settings import PlacementConfig
 from xcloud.codecs import (
     CODECS,
@@ -37,6 +38,8 @@ from xcloud.codecs import (
     SparseConfig,
     ring_of,
 )
+from xcloud.cost.fit import FitConfig
+from xcloud.cost.settings import CostConfig
 from xcloud.data import SOURCES, TOKENIZERS, BytesTokenizerConfig, SourceConfig, TokenizerConfig
 from xcloud.errors import ConfigError
 from xcloud.outer import OUTER_OPTIMIZERS, NesterovConfig, OuterConfig
@@ -56,6 +59,7 @@ from xcloud.training.settings import (
     EngineConfig,
     InnerConfig,
     ModelConfig,
+    MuonConfig,
     ScaffoldConfig,
 )
 from xcloud.update import adds_up
@@ -92,7 +96,13 @@ class _Section(BaseModel):
 
 
 class PoolConfig(EngineConfig, PlacementConfig):
-    """One homogeneous pool: one accelerator type, one ZeRO group, one placement group."""
+    """One homogeneous pool: one accelerator type, one ZeRO group, one placement group.
+
+    Attributes:
+        fit: have engine settings that are not stated here chosen from the memory of the machines; null: they have their defaults.
+    """
+
+    fit: Annotated[FitConfig | None, BeforeValidator(lambda value: {} if value == "auto" else value)] = None
 
     @property
     def sequences_per_step(self) -> int:
@@ -132,6 +142,11 @@ class RegionConfig(_Section):
     @property
     def sequences_per_step(self) -> int:
         return sum(pool.sequences_per_step for pool in self.pools)
+
+    @property
+    def on_spot(self) -> bool:
+        """Whether some of its machines may be taken away."""
+        return any(pool.market == "spot" for pool in self.pools)
 
 
 class DataConfig(_Section):
@@ -213,6 +228,12 @@ class JobConfig(_Section):
     codec: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
     downlink: Annotated[SerializeAsAny[CodecConfig], BeforeValidator(CODECS.parse)] = IdentityConfig()
     chunk_size: Annotated[int, Field(ge=1024, le=1 << 24)] = 1 << 20
+    balance: Annotated[
+        BalanceConfig,
+        BeforeValidator(
+            lambda value: {"pools": value, "regions": value} if isinstance(value, str) else value
+        ),
+    ] = BalanceConfig()
     streaming: StreamingConfig = StreamingConfig()
     buffer: BufferConfig | None = None
     dp: DPConfig | None = None
@@ -220,6 +241,7 @@ class JobConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     failure: FailureConfig = FailureConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    cost: CostConfig | None = None
     envelope: EnvelopeConfig | None = EnvelopeConfig()
     secure_aggregation: SecureConfig | None = None
     guards: GuardConfig | None = None
@@ -273,6 +295,7 @@ class JobConfig(_Section):
         self._check_masks(codec)
         self._check_guards()
         self._check_privacy()
+        self._check_balance()
         if self.inner.correction is not None and self.streaming.keeps_local:
             raise ValueError(
                 f"inner.correction {self.inner.correction.type!r} corrects the drift from a common model, but with "
@@ -294,6 +317,11 @@ class JobConfig(_Section):
                     raise ValueError(
                         f"regions[{r}].pools[{p}]: precision fp16 needs a gpu accelerator; "
                         "expected fp32 or bf16 on cpu"
+                    )
+                if pool.offload != "none" and isinstance(self.inner.optimizer, MuonConfig):
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}]: offload {pool.offload} keeps the masters in host memory, while muon multiplies whole "
+                        "matrices of them; expected offload: none, or another inner.optimizer"
                     )
         positions = (self.model.config or {}).get("max_position_embeddings")
         if isinstance(positions, int) and positions < self.sequence_length:
@@ -331,6 +359,35 @@ class JobConfig(_Section):
             raise ValueError(
                 f"codec {self.codec.type!r} adds encodings of one round only, while buffer merges updates of "
                 "different rounds; expected a codec that is opened, such as bf16, block or topk"
+            )
+
+    def _check_balance(self) -> None:
+        """What steps that follow measured speed cannot be combined with."""
+        for level in ("pools", "regions"):
+            mode = getattr(self.balance, level)
+            if mode == "fixed":
+                continue
+            what = f"balance.{level} {mode} gives {level} different numbers of steps"
+            if self.inner.steps == 0:
+                raise ValueError(f"{what}, but inner.steps is 0; expected 1 or more")
+            if isinstance(self.inner.correction, ScaffoldConfig):
+                raise ValueError(
+                    f"{what}, while inner.correction scaffold takes them as equal; leave one of them out"
+                )
+            if self.dp is not None and self.dp.unit == "example":
+                raise ValueError(
+                    f"{what}, while dp has accounted for inner.steps in each; expected balance fixed"
+                )
+        if self.balance.regions == "fixed":
+            return
+        if self.buffer is not None:
+            raise ValueError(
+                "balance.regions has regions finish together, while with buffer nobody waits; leave one of them out"
+            )
+        if self.secure_aggregation is not None:
+            raise ValueError(
+                "balance.regions lets the driver say how much each region trains; if it has all but one do next to nothing, a "
+                "masked sum is that one's update; expected balance: {pools: dynamic}, or no secure_aggregation"
             )
 
     def _check_guards(self) -> None:
@@ -507,6 +564,10 @@ class JobConfig(_Section):
                     raise ValueError(
                         f"regions[{r}].pools[{p}].precision {pool.precision} rounds gradients after dp has measured "
                         "their norms (and fp16 scales the loss), so dp.clip_norm would not hold; expected fp32"
+                    )
+                if pool.offload != "none":
+                    raise ValueError(
+                        f"regions[{r}].pools[{p}].offload {pool.offload} moves the gradients that dp adds its noise to; expected none"
                     )
                 if pool.activation_checkpointing:
                     raise ValueError(

@@ -63,7 +63,7 @@ class Run:
             self.fleet.restore(self.ledger.order, record.round)
         try:
             for number in range(self.ledger.round + 1, last + 1):
-                if self.stop.is_set():
+                if self.stop.is_set() or self.ledger.costs.exhausted:
                     break
                 self.round(number, final=number == last)
             self.land()
@@ -74,14 +74,9 @@ class Run:
                 self.checkpoint()  # whoever is left holds the last committed round
             raise
         self.checkpoint()
-        done, played = self.ledger, not self.stop.is_set() or self.ledger.round == last
-        if played and last == self.job.rounds:
-            told = {"rounds": done.round, "eval_loss": done.eval_loss, "seconds": time.monotonic() - began}
-            self.log.event("run_finished", **told)
-            return done.outcome(finished=True, reason="")
-        reason = "stop-after" if played else "interrupted"
-        self.log.event("run_stopped", round=done.round, reason=reason)
-        return done.outcome(finished=False, reason=reason)
+        kind, told = self.ledger.ending(last, self.stop.is_set(), time.monotonic() - began)
+        self.log.event(kind, **told)
+        return self.ledger.outcome(kind == "run_finished", told.get("reason", ""))
 
     def round(self, number: int, final: bool) -> None:
         """Play one round until its updates are merged, on their way, or given up.
@@ -119,17 +114,7 @@ class Run:
 
     def plan(self, number: int, attempt: int) -> RoundPlan:
         """What every region is asked to do."""
-        fragments = self.ledger.fragments
-        return RoundPlan(
-            job=self.job.name,
-            round=number,
-            attempt=attempt,
-            model_digest=self.ledger.model_digest,
-            manifest_digest=self.ledger.manifest_digest,
-            inner_steps=self.job.inner.steps,
-            chunks=fragments[(number - 1) % len(fragments)] if len(fragments) > 1 else None,
-            landing=self.sync.plan.round if self.sync else None,
-        )
+        return self.ledger.plan(number, attempt, landing=self.sync.plan.round if self.sync else None)
 
     def land(self, beside: RoundPlan | None = None) -> bool:
         """Merge what was offered last and have every region take it up, now or while it trains `beside`.

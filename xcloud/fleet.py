@@ -99,6 +99,8 @@ class Member:
     trained: int = 0
     """The last round that these processes were set to train; what they hold of it they offer again."""
     restarts: int = 0
+    leaving: bool = False
+    """Its machines are about to be taken away; it needs others before the next round."""
 
 
 class Fleet:
@@ -141,9 +143,9 @@ class Fleet:
 
     @property
     def recovering(self) -> list[str]:
-        """Regions that are away but may come back."""
+        """Regions that are away, or about to be, but may come back."""
         away = (State.LATE, State.LOST, State.STARTING)
-        return [name for name, m in self._members.items() if m.state in away]
+        return [name for name, m in self._members.items() if m.state in away or m.leaving]
 
     def start(self, evaluate: bool) -> dict[str, RegionReady]:
         """Start all regions; a region that cannot start the first time ends the run.
@@ -260,6 +262,9 @@ class Fleet:
             if report.region != name:
                 self.lose(name, round, f"it reports in the name of {report.region!r}")
                 continue
+            if report.leaving and not member.leaving:
+                member.leaving = True
+                self._log.event("region_leaving", region=name, round=report.round, tokens=report.tokens)
             offers[name] = report.model_copy(update={"staleness": max(0, merges - member_round)}), handles
             self._log_finished(name, report)
             if buffer and len(offers) == buffer.goal:
@@ -336,6 +341,8 @@ class Fleet:
             round: about to be played.
             needed: regions the round cannot do without.
         """
+        for name in [name for name, member in self._members.items() if member.leaving]:
+            self._move(name, self._members[name])
         while True:
             for name, member in self._members.items():
                 if member.state is State.LOST:
@@ -352,13 +359,21 @@ class Fleet:
         for member in self._members.values():
             member.handle.kill()
 
+    def _move(self, name: str, member: Member) -> None:
+        """Start a region anew, on machines that stay; it is no failure of its own, and does not count as one."""
+        member.leaving = False
+        if member.state is State.READY:
+            member.handle.kill()
+            member.work, member.restarts = None, member.restarts - 1
+            self._restart(name, member)
+
     def _restart(self, name: str, member: Member) -> None:
         if member.restarts >= self._policy.max_restarts:
             member.state = State.GONE
             self._log.event("region_gone", region=name, restarts=member.restarts)
             return
         member.restarts += 1
-        self._log.event("region_starting", region=name, attempt=member.restarts + 1)
+        self._log.event("region_starting", region=name, attempt=max(2, member.restarts + 1))
         member.handle, member.trained = self._build(name), 0
         member.state, member.busy = State.STARTING, member.handle.start(False)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from xcloud.aggregation import AggregatorHandle, ClusterAggregation
+from xcloud.billing import tariff
 from xcloud.checkpoint import CheckpointStore
 from xcloud.cloud.session import ray_session
 from xcloud.cluster_region import ClusterRegion
 from xcloud.config import JobConfig
 from xcloud.driver import Run
+from xcloud.fitting import fit_pools
 from xcloud.fleet import Fleet
 from xcloud.ledger import Outcome, find_commit, keep_job
 from xcloud.masking import MaskedAggregation
@@ -33,19 +35,22 @@ def train(
     resume: bool = False,
     stop: threading.Event | None = None,
     stop_after: int | None = None,
+    insecure: bool = False,
 ) -> Outcome:
     """Train a job on a Ray cluster, or on one started here.
 
     Raises:
         XCloudError: what went wrong, in one line; the last committed round stays.
     """
+    tariff(job)  # a budget without prices, or a wrong instance type, ends before anything starts
     store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
+    job, fitted = fit_pools(job)
     record = find_commit(job, store, run_dir, resume)
     keep_job(job, run_dir)
     given, job = job, with_keys(job, run_dir)
     log.rewind(record.round if record else 0)
     names = [region.name for region in job.regions]
-    with ray_session(address, job.cpus) as session:
+    with ray_session(address, job.cpus, insecure) as session:
         log.event(
             "run_started",
             job=job.name,
@@ -55,9 +60,12 @@ def train(
             host=socket.gethostname(),
             regions=names,
             envelope=None if job.envelope is None else job.envelope.keys or "made",
+            exposed=session.exposed,
             simulation=True,  # regions that share a Ray cluster are not isolated from one another
             resumed_round=record.round if record else None,
         )
+        for (name, pool), found in fitted.items():
+            log.event("pool_fitted", region=name, pool=pool, **found.settings(), reason=found.why)
         aggregator = ClusterAggregation(job, enforce_labels=not session.local)
         merging: AggregatorHandle = aggregator
         if job.secure_aggregation is not None:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xcloud.balance import Pace, balanced_steps
+from xcloud.billing import Biller
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
+from xcloud.cost.bill import CostRow
 from xcloud.errors import (
     AggregationError,
     CheckpointError,
@@ -28,14 +31,14 @@ from xcloud.messages import (
     RoundSum,
     Saved,
 )
-from xcloud.metrics import PrivacyRow, RegionRow, RoundRow, read_events
+from xcloud.metrics import PoolRow, PrivacyRow, RegionRow, RoundRow, read_events
 from xcloud.policies import suspicion
 from xcloud.privacy import PrivacyLedger, Release
 from xcloud.privacy.skellam import noise_to_signal
 
 __all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "keep_job", "mean_loss"]
 
-CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation", "envelope")
+CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation", "envelope", "cost")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
 
 
@@ -94,6 +97,8 @@ class Ledger:
         self.endorsements: dict[str, str] = {}
         self.privacy: PrivacyLedger | None = None
         self.terms: dict[str, PrivacyTerms] = {}
+        self.costs = Biller(job, folder)
+        self._paces = {region.name: Pace(job.balance.regions) for region in job.regions}
 
     @property
     def saved_round(self) -> int:
@@ -103,6 +108,28 @@ class Ledger:
     def outcome(self, finished: bool, reason: str) -> Outcome:
         """The run's outcome as it stands."""
         return Outcome(self.round, finished, reason, self.eval_start, self.eval_loss)
+
+    def ending(self, last: int, interrupted: bool, seconds: float) -> tuple[str, dict[str, Any]]:
+        """The event that ends a run whose play is over, and its fields.
+
+        Args:
+            last: round up to which it was to be played.
+            interrupted: somebody asked it to stop.
+            seconds: of this start.
+        """
+        spent = self.costs.settle()
+        told: dict[str, Any] = {} if spent is None else {"spent_usd": spent.usd}
+        if self.round < last and not interrupted and self.costs.exhausted:
+            return "run_stopped", {"round": self.round, "reason": "budget", **told}
+        played = not interrupted or self.round == last
+        if played and last == self.job.rounds:
+            done = {"rounds": self.round, "eval_loss": self.eval_loss, "seconds": seconds}
+            return "run_finished", done | told
+        return "run_stopped", {
+            "round": self.round,
+            "reason": "stop-after" if played else "interrupted",
+            **told,
+        }
 
     def begin(self, ready: Mapping[str, RegionReady]) -> dict[str, Any]:
         """Take the fresh regions' common model as round 0; returns what is to be said of noise on it.
@@ -122,6 +149,7 @@ class Ledger:
                         f"regions {first.region!r} and {answer.region!r} start from different {what} "
                         f"({mine[:12]}, {theirs[:12]}); check that they run the same versions"
                     )
+        self.costs.began()
         self.data = {name: answer.data_fingerprint for name, answer in ready.items()}
         self.manifest_digest, self.model_digest = first.manifest_digest, first.model_digest
         self.layout = tuple(ChunkLayout(*chunk) for chunk in first.layout)
@@ -241,6 +269,7 @@ class Ledger:
         self.cursors |= {name: state.cursor for name, state in record.regions.items()}
         self.tokens, self.eval_start, self.eval_loss = record.tokens, record.eval_loss_start, record.eval_loss
         self.norms = list(record.norms)
+        self.costs.resume(record.spent)
         self.losses = {n: s.eval_loss for n, s in record.regions.items() if s.eval_loss is not None}
         if self.privacy is not None and record.privacy is not None:
             self._take_over(record.privacy)
@@ -262,6 +291,36 @@ class Ledger:
             files=(*self.saved.model_files, *(state.files if state else ())),
             endorsements=self.saved.endorsements,
         )
+
+    def plan(self, number: int, attempt: int, landing: int | None) -> RoundPlan:
+        """What every region is asked to do in an attempt at a round; `landing` as in `RoundPlan`."""
+        return RoundPlan(
+            job=self.job.name,
+            round=number,
+            attempt=attempt,
+            model_digest=self.model_digest,
+            manifest_digest=self.manifest_digest,
+            inner_steps=self.job.inner.steps,
+            steps=self._steps(),
+            chunks=self.fragments[(number - 1) % len(self.fragments)] if len(self.fragments) > 1 else None,
+            landing=landing,
+        )
+
+    def _steps(self) -> dict[str, int]:
+        """Inner steps of each region in the next round, where they follow measured speed; else nothing."""
+        job = self.job
+        if job.balance.regions == "fixed":
+            return {}
+        strides = [region.sequences_per_step for region in job.regions]
+        paces, least = list(self._paces.values()), job.streaming.overlap + 1
+        steps = balanced_steps(job.inner.steps * sum(strides), strides, paces, job.inner.steps, least)
+        return dict(zip(self._paces, steps, strict=True))
+
+    def _measure(self, report: RegionReport) -> None:
+        sequences = report.tokens / self.job.sequence_length
+        steps = sequences / self.job.region(report.region).sequences_per_step
+        if steps and report.compute_s:
+            self._paces[report.region].note(report.compute_s / steps, report.encode_s)
 
     def suspicion(self, number: int, applied: Mapping[str, Applied]) -> str | None:
         """Why the merged update that the regions have taken up should be taken back; None: it should not.
@@ -312,10 +371,13 @@ class Ledger:
         norm = next(iter(applied.values())).norm
         if self.job.guards and norm is not None:
             self.norms = [*self.norms, norm][-self.job.guards.window :]
+        for report in reports.values():
+            self._measure(report)
         counted = {name: report for name, report in reports.items() if name in total.regions}
         # A region whose update was left out reads its data again, unless it goes on from its own model.
         read = reports if self.job.streaming.keeps_local else counted
         self.cursors |= {name: report.cursor for name, report in read.items()}
+        cost = self._costs(reports, total, applied)
         reports = counted
         tokens = sum(report.tokens for report in reports.values())
         self.tokens += tokens
@@ -344,7 +406,19 @@ class Ledger:
             regions={name: self._region_row(report, applied.get(name)) for name, report in reports.items()},
             model_digest=self.model_digest,
             privacy=self._privacy_row(self.privacy.total) if self.privacy else None,
+            cost=cost,
         )
+
+    def _costs(
+        self, reports: Mapping[str, RegionReport], total: RoundSum, applied: Mapping[str, Applied]
+    ) -> CostRow | None:
+        """Book what the round cost; what a region sent in vain was sent."""
+        up = {name: report.bytes_up for name, report in reports.items()}
+        down = {name: answer.bytes_down for name, answer in applied.items()}
+        cloud = {region.name: region.cloud for region in self.job.regions}
+        direct = sum(up[name] for name in total.regions if cloud[name] not in total.near)
+        relayed = 0 if total.egress_up is None else total.egress_up - direct
+        return self.costs.round(up, down, relayed if total.near else 0, total.near)
 
     def _privacy_row(self, epsilon: float) -> PrivacyRow:
         assert self.privacy is not None
@@ -365,6 +439,7 @@ class Ledger:
             update_norm=report.update_norm,
             cursor=report.cursor,
             privacy=self._privacy_row(self.privacy.epsilon(report.region)) if self.privacy else None,
+            pools=tuple(PoolRow(tokens=pool.tokens, compute_s=pool.compute_s) for pool in report.pools),
         )
 
     def commit(self, saved: Mapping[str, Saved], donor: str) -> CommitRecord:
@@ -402,6 +477,7 @@ class Ledger:
             norms=tuple(self.norms),
             endorsements=self.endorsements,
             privacy=self.privacy,
+            spent=self.costs.standing,
         )
         self.store.commit(record)
         self.saved = record

@@ -8,7 +8,7 @@ region that shares the hub's Ray cluster and one that dials in speak the same la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -135,6 +135,7 @@ class RoundPlan(Message):
 
     `chunks` is the half-open range of chunk ids that the round merges, its fragment; None: all of them.
     `landing` is the earlier round whose merged update arrives during this one, to be taken up on the way.
+    `inner_steps` are the job's; `steps`, where regions are balanced, those of each region instead.
     """
 
     job: str
@@ -143,8 +144,13 @@ class RoundPlan(Message):
     model_digest: str
     manifest_digest: str
     inner_steps: int = Field(ge=0)
+    steps: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     chunks: tuple[int, int] | None = None
     landing: int | None = None
+
+    def steps_of(self, region: str) -> int:
+        """Inner steps of a region, each of one step of all its pools."""
+        return self.steps.get(region, self.inner_steps)
 
 
 class Progress(Message):
@@ -177,7 +183,8 @@ class RegionReport(Message):
     (first chunk, number of chunks). The buffers travel beside this, one for each part.
     `staleness` is the number of merges since the model that it started from; the driver fills it in.
     `upload`, where updates are masked, is what the region has signed of its own (`secure.messages.Upload`).
-    `landing_s` are the seconds of the round in which no inner step ran because an earlier merge was taken up.
+    `landing_s` are the seconds of the round in which no inner step ran because an earlier merge was taken up. `leaving`: the region's
+    machines are about to be taken away, so that it has ended its round early, and needs others for the next.
     """
 
     region: str
@@ -195,6 +202,7 @@ class RegionReport(Message):
     landing_s: float = 0.0
     staleness: int = 0
     upload: str = ""
+    leaving: bool = False
     pools: tuple[PoolReport, ...]
 
     @property

@@ -27,6 +27,7 @@ from typing import IO, Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from xcloud.cost.bill import CostRow
 from xcloud.errors import XCloudError
 from xcloud.messages import Message, Progress, json_safe
 
@@ -81,6 +82,18 @@ class PrivacyRow(_Row):
     delta: float
 
 
+class PoolRow(_Row):
+    """What one pool of a region did in one round.
+
+    Attributes:
+        tokens: tokens trained on.
+        compute_s: seconds of local training, of its slowest rank.
+    """
+
+    tokens: int
+    compute_s: Number
+
+
 class RegionRow(_Row):
     """What one region did in one round.
 
@@ -97,6 +110,7 @@ class RegionRow(_Row):
         update_norm: L2 norm of the update.
         cursor: position in the region's data after the round.
         privacy: None without differential privacy.
+        pools: in the job's order; none in rows of runs from before they were told.
     """
 
     tokens: int
@@ -112,6 +126,7 @@ class RegionRow(_Row):
     landing_s: Number = 0.0
     staleness: int = 0
     privacy: PrivacyRow | None = None
+    pools: tuple[PoolRow, ...] = ()
 
 
 class RoundRow(_Row):
@@ -120,6 +135,7 @@ class RoundRow(_Row):
     Attributes:
         egress_bytes_up: of `bytes_up`, what crossed between clouds: all of it unless they merge inside first.
         egress_bytes_down: the same on the way down. None in rows of runs from before it was counted.
+        cost: None where a run is not billed, and in rows from before it was.
     """
 
     round: int
@@ -136,6 +152,7 @@ class RoundRow(_Row):
     regions: dict[str, RegionRow]
     model_digest: str
     privacy: PrivacyRow | None = None
+    cost: CostRow | None = None
 
 
 @dataclass(frozen=True)
@@ -491,10 +508,18 @@ def _scalars(row: RoundRow) -> dict[str, float | None]:
         "seconds/compute": row.compute_s,
         "seconds/sync": row.sync_s,
     }
+    if row.cost is not None:
+        scalars |= {
+            "cost/machines_usd": row.cost.machines_usd,
+            "cost/egress_usd": row.cost.egress_usd,
+            "cost/spent_usd": row.cost.spent_usd,
+        }
+        for name, part in row.cost.regions.items():
+            scalars |= {f"{name}/cost/{key}": value for key, value in part.model_dump().items()}
     if row.privacy is not None:
         scalars[f"epsilon/{row.privacy.unit}"] = row.privacy.epsilon
     for name, region in row.regions.items():
-        numbers = region.model_dump(exclude={"cursor", "privacy"})
+        numbers = region.model_dump(exclude={"cursor", "privacy", "pools"})
         if region.privacy is not None:
             numbers[f"epsilon/{region.privacy.unit}"] = region.privacy.epsilon
         scalars.update({f"{name}/{key}": value for key, value in numbers.items()})

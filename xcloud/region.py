@@ -26,7 +26,9 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from xcloud.aggregators import MeanConfig
-from xcloud.cloud.placement import place_pool
+from xcloud.balance import Pace, balanced_steps
+from xcloud.cloud.placement import nodes_of, place_pool
+from xcloud.cloud.preemption import draining_nodes
 from xcloud.config import JobConfig, PoolConfig
 from xcloud.errors import (
     ConfigError,
@@ -75,6 +77,8 @@ from xcloud.update import adds_up, room
 
 __all__ = ["Region", "group_name"]
 
+WATCH_S = 1.0
+"""Between two looks at the nodes that are about to go."""
 BESIDE = "beside"
 """The ranks' second thread, in which merged updates arrive while they train."""
 
@@ -174,20 +178,24 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         eval_sequences=job.evaluation.sequences,
         guarded=job.guards is not None,
         hashed=job.secure_aggregation is not None,
+        halts=settings.on_spot,
         cohort=job.cohort,
     )
 
 
-def share_of(job: JobConfig, region: str) -> float:
+def share_of(job: JobConfig, region: str, plan: RoundPlan | None = None) -> float:
     """What a region multiplies its update by where encodings add up: its tokens over the most of any region.
 
     It depends on the job and the plan alone, so that it is public and a region knows it before it encodes.
+    `plan` matters only where regions take different numbers of steps.
     """
     if not adds_up(job.coding.build()) or (
         isinstance(job.aggregator, MeanConfig) and job.aggregator.weigh_by == "equal"
     ):
         return 1.0
-    return job.region(region).sequences_per_step / max(r.sequences_per_step for r in job.regions)
+    steps = {r.name: max(1, plan.steps_of(r.name)) if plan is not None else 1 for r in job.regions}
+    sequences = {r.name: r.sequences_per_step * steps[r.name] for r in job.regions}
+    return sequences[region] / max(sequences.values())
 
 
 def _table(sealing: Sealing | None, offers: Sequence[Offer]) -> bytes:
@@ -241,9 +249,11 @@ class Region:
         self._planned: dict[int, range] = {}  # chunks that a round merges
         self._asked: dict[int, tuple[int, tuple[Member, ...]]] = {}  # attempt and company of a merge
         self._shown = False
+        self.leaving = False
+        self._paces = [Pace(job.balance.pools) for _ in self.settings.pools]
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}
-        self._round = (0, 0.0)
+        self._round = (0, 0.0, 0)
         self._lock = threading.Lock()
 
     # -- life -----------------------------------------------------------------------------
@@ -286,7 +296,19 @@ class Region:
         self._agree(gather([reference for pool in self.pools for reference in pool.ask("digests")]))
         ready = self._ready(evaluate)
         self._allow(1, self.model_digest)
+        if self.settings.on_spot:
+            threading.Thread(target=self._watch, name="preemption", daemon=True).start()
         return ready
+
+    def _watch(self) -> None:
+        """Have the pools end their round as soon as one of their nodes is about to go."""
+        while not self.leaving:
+            time.sleep(WATCH_S)
+            gone = draining_nodes()
+            self.leaving = any(gone.keys() & nodes_of(pool.group) for pool in self.pools)
+        # A pool whose machines stay ends its round, too: the region moves as a whole.
+        for pool in self.pools:
+            pool.tell("halt")
 
     def _spawn(self, group: PlacementGroup, index: int, pool: PoolConfig, rank: int) -> Any:
         spec = worker_spec(self.job, self.name, index, rank)
@@ -300,7 +322,7 @@ class Region:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, rank),
             "runtime_env": {"env_vars": environment},
         }
-        groups = {BESIDE: 1} if self.job.streaming.overlap else None
+        groups = {BESIDE: 1} if self.job.streaming.overlap or self.settings.on_spot else None
         actor = ray.remote(concurrency_groups=groups)(RankActor) if groups else ray.remote(RankActor)
         return actor.options(**options).remote(spec, self.upload, self._progress_sink)
 
@@ -374,14 +396,15 @@ class Region:
         self._latest = max(plan.round, self._latest)
         with self._lock:
             self._progress.clear()
-            self._round = (plan.round, time.monotonic())
+            self._round = (plan.round, time.monotonic(), plan.steps_of(self.name))
         calls, at, single = [], self.cursor, len(self.pools) == 1
-        share = share_of(self.job, self.name)
+        share = share_of(self.job, self.name, plan)
         masker, sealing = self._spend(plan) if self.guard else None, self._sealing(plan)
         road = (share, masker, sealing) if single else (None,)
-        for pool in self.pools:
-            calls.append(pool.ask("work", plan, at, *road))
-            at += plan.inner_steps * pool.config.sequences_per_step
+        steps = self._steps(plan)
+        for pool, mine in zip(self.pools, steps, strict=True):
+            calls.append(pool.ask("work", plan.model_copy(update={"inner_steps": mine}), at, *road))
+            at += mine * pool.config.sequences_per_step
         gather([reference for references in calls for reference in references])
         worked: list[list[tuple[Trained, Offer]]] = [gather(references) for references in calls]
         reports = tuple(
@@ -394,6 +417,11 @@ class Region:
             )
             for index, ranks in enumerate(worked)
         )
+        steps = [ranks[0][0].done for ranks in worked]
+        for pace, one, mine in zip(self._paces, reports, steps, strict=True):
+            pace.note(one.compute_s / max(1, mine))
+        if single:  # of several pools, what one has left of its stretch would lie behind another's
+            at = self.cursor + steps[0] * self.pools[0].config.sequences_per_step
         began = time.perf_counter()
         tokens = [report.tokens for report in reports]
         bundles = [Bundle.join(offer.bundle for _, offer in ranks) for ranks in worked]
@@ -425,9 +453,18 @@ class Region:
             encode_s=encode_s,
             landing_s=max(trained.landing_s for ranks in worked for trained, _ in ranks),
             upload=self._upload(plan, offers),
+            leaving=self.leaving,
             pools=reports,
         )
         return Pending(report, list(bundle.handles), masker, sealing, _table(sealing, offers))
+
+    def _steps(self, plan: RoundPlan) -> list[int]:
+        """Inner steps of each pool: equally many, or as many as let all finish together and read as much in all."""
+        usual, strides = plan.steps_of(self.name), [pool.config.sequences_per_step for pool in self.pools]
+        if len(self.pools) == 1:
+            return [usual]
+        least = self.job.streaming.overlap + 1
+        return balanced_steps(usual * sum(strides), strides, self._paces, usual, least)
 
     def _upload(self, plan: RoundPlan, offers: Sequence[Offer]) -> str:
         """What is signed of masked chunks; nothing where they are not."""
@@ -533,8 +570,9 @@ class Region:
         the job's in one region alone, the sums of two attempts would differ by its update."""
         assert self.guard is not None, "asked in masked runs only"
         signed = self.guard.plan(plan.round)
-        asked = (plan.job, plan.attempt, plan.chunks or (0, 0), plan.inner_steps)
-        planned = (signed.job, signed.attempt, signed.chunks, self.job.inner.steps)
+        asked = (plan.job, plan.attempt, plan.chunks or (0, 0), plan.inner_steps, plan.steps)
+        usual: dict[str, int] = {}
+        planned = (signed.job, signed.attempt, signed.chunks, self.job.inner.steps, usual)
         if asked != planned:
             raise SecurityError(
                 f"round {plan.round}: asked for {asked} (job, attempt, chunks, steps), but {planned} is what was signed"
@@ -874,12 +912,12 @@ class Region:
             if not self._progress:
                 return None
             steps, tokens, losses = zip(*self._progress.values(), strict=True)
-            number, began = self._round
+            number, began, asked = self._round
         return Progress(
             region=self.name,
             round=number,
-            step=min(steps),
-            steps=self.job.inner.steps,
+            step=min(asked, *steps),
+            steps=asked,
             tokens=sum(tokens),
             loss=sum(losses) / len(losses),
             tokens_per_s=sum(tokens) / max(1e-9, time.monotonic() - began),

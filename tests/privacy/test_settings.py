@@ -50,6 +50,7 @@ def test_a_job_keeps_its_section(tmp_path: Path) -> None:
             "dp keeps training losses .* aggregator 'dynamic'",
         ),
         ({"pool": {"precision": "bf16"}}, r"pools\[0\]\.precision bf16 .*dp\.clip_norm would not hold"),
+        ({"pool": {"offload": "optimizer"}}, r"pools\[0\]\.offload optimizer .*dp"),
         ({"pool": {"activation_checkpointing": True}}, r"pools\[0\]\.activation_checkpointing .*dp"),
     ],
 )

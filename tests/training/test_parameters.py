@@ -16,12 +16,14 @@ from xcloud.parts import PartReader
 
 PLAN = RoundPlan(job="t", round=1, attempt=1, model_digest="", manifest_digest="", inner_steps=2)
 
-LAYOUTS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+LAYOUTS = [(stage, precision, "none") for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")] + [
+    (stage, precision, "optimizer") for stage in (1, 2, 3) for precision in ("fp32", "bf16")
+]
 
 
-@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_what_is_written_is_read_back(tmp_path: Path, stage: int, precision: str) -> None:
-    pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
+@pytest.mark.parametrize(("stage", "precision", "offload"), LAYOUTS)
+def test_what_is_written_is_read_back(tmp_path: Path, stage: int, precision: str, offload: str) -> None:
+    pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision, "offload": offload}
     worker = start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool)])))
     worker.train(PLAN, 0)  # so that optimizer state exists
     keys, _ = worker._inner_layout()
@@ -34,10 +36,12 @@ def test_what_is_written_is_read_back(tmp_path: Path, stage: int, precision: str
             assert torch.equal(worker.parameters.read(spec.name, key), value), (spec.name, key)
 
 
-@pytest.mark.parametrize(("stage", "precision"), LAYOUTS)
-def test_a_written_model_is_the_one_that_runs(tmp_path: Path, stage: int, precision: str) -> None:
+@pytest.mark.parametrize(("stage", "precision", "offload"), LAYOUTS)
+def test_a_written_model_is_the_one_that_runs(
+    tmp_path: Path, stage: int, precision: str, offload: str
+) -> None:
     """The next forward pass and the next step must use what was written, not a stale copy."""
-    pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
+    pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision, "offload": offload}
     job = job_of(
         raw_job(
             tmp_path,
@@ -72,6 +76,20 @@ def test_activation_checkpointing_changes_memory_not_results(tmp_path: Path) -> 
             )
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_moves_the_optimizer_and_changes_no_result(tmp_path: Path, stage: int) -> None:
+    pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2}
+    here, host = (
+        start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool | {"offload": where})])))
+        for where in ("none", "optimizer")
+    )
+    assert not here.engine.zero_offload_optimizer()
+    assert host.engine.zero_offload_optimizer().device == "cpu"
+    assert here.train(PLAN, 0).loss_sum == host.train(PLAN, 0).loss_sum
+    for spec in here.manifest.parameters:
+        assert torch.allclose(here.parameters.read(spec.name), host.parameters.read(spec.name), atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_update_that_is_not_finite_is_refused_by_name(tmp_path: Path, bad: float) -> None:
     worker = start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1)])))
@@ -85,8 +103,14 @@ def test_an_update_that_is_not_finite_is_refused_by_name(tmp_path: Path, bad: fl
 
 def test_low_precision_starts_from_the_fp32_model(tmp_path: Path) -> None:
     """Without training the update is exactly zero: master weights hold the anchor, not its rounding."""
-    for stage, precision in LAYOUTS:
-        pool = {"workers": 1, "zero_stage": stage, "micro_batch": 2, "precision": precision}
+    for stage, precision, offload in LAYOUTS:
+        pool = {
+            "workers": 1,
+            "zero_stage": stage,
+            "micro_batch": 2,
+            "precision": precision,
+            "offload": offload,
+        }
         worker = start_worker(job_of(raw_job(tmp_path, [region(tmp_path, "a", 1, pool)])))
         offer = worker.offer(PLAN, 1.0)
         assert offer.norm_squared == 0.0

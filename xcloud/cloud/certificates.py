@@ -13,7 +13,8 @@ import re
 import secrets
 import shlex
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+import stat
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -23,6 +24,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from xcloud.errors import KeyFileError
@@ -33,8 +35,10 @@ __all__ = [
     "TOKEN",
     "TOKEN_LENGTH",
     "ClusterKeys",
+    "Node",
     "addresses_here",
     "check_certificate",
+    "check_token",
     "parse_node",
 ]
 
@@ -213,7 +217,8 @@ def check_certificate(certificate: Path, key: Path, authority: Path, address: st
         KeyFileError: what is wrong, with the file's name.
     """
     shown, signer = _certificate(certificate), _certificate(authority)
-    _check_pair(key, _private_key(key), certificate, shown)
+    _check_mode(key)
+    _check_pair(key, _any_key(key), certificate, shown)
     now = datetime.now(timezone.utc)
     for path, found in ((certificate, shown), (authority, signer)):
         if found.not_valid_after_utc < now:
@@ -232,6 +237,20 @@ def check_certificate(certificate: Path, key: Path, authority: Path, address: st
             "is called"
         )
     return shown.not_valid_after_utc
+
+
+def check_token(path: Path) -> None:
+    """Check that a token's file is for its owner alone, and that nobody guesses it.
+
+    Raises:
+        KeyFileError: what is wrong, with the file's name.
+    """
+    token = read_file(path, KeyFileError, private=True).strip()
+    if len(token) < TOKEN_LENGTH // 2:
+        raise KeyFileError(
+            f"{path}: {len(token)} characters, which can be guessed; expected {TOKEN_LENGTH}, as "
+            "`xcloud keys cluster` makes them"
+        )
 
 
 def _builder(
@@ -301,23 +320,38 @@ def _certificate(path: Path) -> x509.Certificate:
 
 
 def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    data = read_file(path, KeyFileError, private=True)
-    try:
-        key = serialization.load_pem_private_key(data, password=None)
-    except (ValueError, TypeError):
-        raise KeyFileError(f"{path}: not a private key in PEM without a passphrase") from None
+    """Of an authority that `ClusterKeys` has made."""
+    _check_mode(path)
+    key = _any_key(path)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise KeyFileError(f"{path}: not an ECDSA key; expected one that `xcloud keys cluster` has made")
     return key
 
 
+def _any_key(path: Path) -> PrivateKeyTypes:
+    data = read_file(path, KeyFileError)
+    try:
+        return serialization.load_pem_private_key(data, password=None)
+    except (ValueError, TypeError):
+        raise KeyFileError(f"{path}: not a private key in PEM without a passphrase") from None
+
+
+def _check_mode(path: Path) -> None:
+    """A mounted secret of Kubernetes belongs to root and is read by its group; anything wider is refused."""
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        raise KeyFileError(f"{path}: no such file") from None
+    except OSError as problem:
+        raise KeyFileError(f"{path}: cannot be read: {problem}") from None
+    if mode & 0o037:
+        raise KeyFileError(
+            f"{path}: others than its owner can use it (mode {mode:04o}); run: chmod 600 {shlex.quote(str(path))}"
+        )
+
+
 def _check_pair(
-    key_file: Path, key: ec.EllipticCurvePrivateKey, certificate_file: Path, certificate: x509.Certificate
+    key_file: Path, key: PrivateKeyTypes, certificate_file: Path, certificate: x509.Certificate
 ) -> None:
     if key.public_key() != certificate.public_key():
         raise KeyFileError(f"{key_file}: not the private key of {certificate_file}")
-
-
-def exports(variables: Mapping[str, str]) -> list[str]:
-    """Shell lines that set the variables."""
-    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]

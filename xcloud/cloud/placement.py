@@ -14,7 +14,7 @@ from ray.util.placement_group import (
 from xcloud.cloud.settings import PlacementConfig
 from xcloud.errors import PlacementError
 
-__all__ = ["bundle_of", "place_pool", "release_pool"]
+__all__ = ["bundle_of", "nodes_of", "place_pool", "release_pool"]
 
 
 def place_pool(name: str, pool: PlacementConfig, enforce_labels: bool) -> PlacementGroup:
@@ -51,6 +51,11 @@ def place_pool(name: str, pool: PlacementConfig, enforce_labels: bool) -> Placem
         f"{pool.labels or 'any'}; not there after {pool.placement_timeout_s:.0f} s ({state}). "
         f"Live nodes: {'; '.join(offered)}"
     )
+
+
+def nodes_of(group: PlacementGroup) -> set[str]:
+    """Hex ids of the nodes that a group's bundles lie on."""
+    return set(placement_group_table(group)["bundles_to_node_id"].values())
 
 
 def bundle_of(pool: PlacementConfig) -> dict[str, float]:

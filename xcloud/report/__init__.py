@@ -14,6 +14,7 @@ from xcloud.report.text import (
     human_count,
     human_loss,
     human_seconds,
+    human_usd,
     round_line,
 )
 from xcloud.report.views import JsonView, LiveView, PlainView, text_view
@@ -30,6 +31,7 @@ __all__ = [
     "human_count",
     "human_loss",
     "human_seconds",
+    "human_usd",
     "job_record",
     "job_summary",
     "round_line",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xcloud.cost.bill import CostRow
 from xcloud.messages import Progress
 from xcloud.metrics import Event, PrivacyRow, RoundRow, read_rounds
 from xcloud.report.text import NOTICE_KINDS, event_line
@@ -35,6 +36,8 @@ class RegionStand:
     bytes_up: int = 0
     bytes_down: int = 0
     privacy: PrivacyRow | None = None
+    usd: float | None = 0.0
+    """What it has cost in this run folder's rounds; None: some of it has no price."""
 
 
 class Board:
@@ -52,8 +55,10 @@ class Board:
         self.phase = "starting Ray"
         self.simulation = self.clear = False
         self.masked = ""
+        self.exposed = ""
         self.stopping = False
         self.notices: tuple[str, ...] = ()
+        self.cost: CostRow | None = None  # of the last round
         self.missing: dict[str, str] = {}
         self.began = clock()
         self.round_began: float | None = None
@@ -76,10 +81,20 @@ class Board:
             stand.bytes_down += region.bytes_down
             stand.privacy = region.privacy
             stand.state = "ready"
+        self._charge(row)
         self.committed, self.phase = row.round, "checkpointing"
         if self.round_began is not None:
             self._played = [*self._played, self.clock() - self.round_began][-5:]
             self.round_began = None
+
+    def _charge(self, row: RoundRow) -> None:
+        self.cost = row.cost
+        for name, part in row.cost.regions.items() if row.cost is not None else ():
+            stand = self.regions[name]
+            if stand.usd is None or part.machines_usd is None or part.egress_usd is None:
+                stand.usd = None
+            else:
+                stand.usd += part.machines_usd + part.egress_usd
 
     def on_progress(self, progress: Progress) -> None:
         stand = self.regions[progress.region]
@@ -122,6 +137,7 @@ class Board:
     def _run_started(self, event: Event) -> None:
         self.simulation = bool(event.fields.get("simulation"))
         self.clear = event.fields.get("envelope", "made") is None
+        self.exposed = event.fields.get("exposed") or ""
         self.committed = event.fields.get("resumed_round") or 0
         for row in read_rounds(self.run_dir) if self.committed else ():
             self.on_round(row)

@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from xcloud.metrics import read_events, read_rounds, run_state
+from xcloud.cost.bill import Spent
+from xcloud.metrics import RoundRow, read_events, read_rounds, run_state
 from xcloud.report.text import (
     NOTICE_KINDS,
     SIMULATION,
@@ -19,6 +20,7 @@ from xcloud.report.text import (
     human_count,
     human_loss,
     human_seconds,
+    human_usd,
     round_line,
 )
 
@@ -117,7 +119,9 @@ def status_record(run_dir: Path) -> dict[str, Any]:
             "eval_loss": next((row.eval_loss for row in reversed(mine) if row.eval_loss is not None), None),
             "pools": pools.get(name, []),
             "privacy": mine[-1].privacy.model_dump() if mine and mine[-1].privacy else None,
+            "cost": _region_cost(rows, name),
         }
+    spent = Spent.kept(run_dir)
     checkpoints = [event.fields for event in events if event.kind == "checkpoint_committed"]
     return {
         "run": str(run_dir),
@@ -137,6 +141,9 @@ def status_record(run_dir: Path) -> dict[str, Any]:
         "bytes_up": sum(row.bytes_up for row in rows),
         "bytes_down": sum(row.bytes_down for row in rows),
         "privacy": rows[-1].privacy.model_dump() if rows and rows[-1].privacy else None,
+        "cost": None
+        if spent is None
+        else {"usd": spent.usd, **spent.model_dump(exclude={"format", "recent"})},
         "checkpoint": checkpoints[-1] if checkpoints else None,
         "regions": regions,
         "notices": [event_line(event) for event in events if event.kind in NOTICE_KINDS][-NOTICES:],
@@ -178,6 +185,17 @@ def status_view(run_dir: Path) -> RenderableType:
     if record["privacy"]:
         spent = record["privacy"]
         facts.append(f"epsilon {spent['epsilon']:.3g} per {spent['unit']} at delta {spent['delta']:g}")
+    if record["cost"]:
+        spent = record["cost"]
+        lacking = f"; no price: {', '.join(spent['unpriced'])}" if spent["unpriced"] else ""
+        facts.append(
+            f"cost {human_usd(spent['usd'], whole=not spent['unpriced'])}: machines {human_usd(spent['machines_usd'])}, "
+            f"egress {human_usd(spent['egress_usd'])}{lacking}"
+        )
+        facts.append(
+            f"{spent['accelerator_hours']:.3g} accelerator-hours, {spent['core_hours']:.3g} core-hours, "
+            f"{spent['instance_hours']:.3g} instance-hours"
+        )
     if record["checkpoint"]:
         facts.append(f"checkpoint of round {record['checkpoint']['round']}: {record['checkpoint']['path']}")
     parts += [Text(fact) for fact in facts]
@@ -192,10 +210,24 @@ def status_view(run_dir: Path) -> RenderableType:
     return Group(*parts)
 
 
+def _region_cost(rows: list[RoundRow], name: str) -> dict[str, Any] | None:
+    """What a region has cost in all committed rounds; a sum with an unknown part is null."""
+    parts = [row.cost.regions[name] for row in rows if row.cost is not None and name in row.cost.regions]
+    if not parts:
+        return None
+    totals: dict[str, Any] = {}
+    for key in parts[0].model_dump():
+        values = [getattr(part, key) for part in parts]
+        totals[key] = None if any(value is None for value in values) else sum(values)
+    return totals
+
+
 def _regions_table(regions: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("region", no_wrap=True, overflow="ellipsis")
-    for name in ("ranks", "optimizer/rank", "tok/s", "train", "eval", "tokens", "up", "down"):
+    billed = any(region["cost"] for region in regions.values())
+    columns = ("ranks", "optimizer/rank", "tok/s", "train", "eval", "tokens", "up", "down")
+    for name in (*columns, *(("cost",) if billed else ())):
         table.add_column(name, justify="right", no_wrap=True)
     for name, region in regions.items():
         ranks = [rank for pool in region["pools"] for rank in pool]
@@ -210,5 +242,12 @@ def _regions_table(regions: dict[str, Any]) -> Table:
             human_count(region["tokens"]),
             human_bytes(region["bytes_up"]),
             human_bytes(region["bytes_down"]),
+            *([_paid(region["cost"])] if billed else []),
         )
     return table
+
+
+def _paid(cost: dict[str, Any] | None) -> str:
+    if cost is None or cost["machines_usd"] is None or cost["egress_usd"] is None:
+        return human_usd(None)
+    return human_usd(cost["machines_usd"] + cost["egress_usd"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xcloud.cost.bill import Spent
 from xcloud.metrics import Event, PrivacyRow, RoundRow
 
 __all__ = [
@@ -17,12 +18,14 @@ __all__ = [
     "STOPPING",
     "closing_lines",
     "event_line",
+    "exposed_line",
     "human_bytes",
     "human_clock",
     "human_count",
     "human_epsilon",
     "human_loss",
     "human_seconds",
+    "human_usd",
     "round_line",
 ]
 
@@ -30,8 +33,15 @@ STOPPING = "stopping after this round; press Ctrl-C again to stop now (the last 
 SIMULATION = "simulation: all regions share this cluster; nothing isolates them"
 CLEAR = "in the clear: whoever sees the traffic reads every update (envelope: null)"
 
+
+def exposed_line(address: str) -> str:
+    """Warns of a cluster that was joined with `--insecure`."""
+    return f"insecure: the Ray cluster at {address} has no TLS or no token; whoever reaches it reads and runs everything"
+
+
 NOTICE_KINDS = {
     "region_failed",
+    "region_leaving",
     "region_gone",
     "region_late",
     "region_refused",
@@ -96,6 +106,14 @@ def human_epsilon(privacy: PrivacyRow | None) -> str:
     return "-" if privacy is None else f"{privacy.epsilon:.3g}"
 
 
+def human_usd(usd: float | None, *, whole: bool = True) -> str:
+    """`$1,235`, `$12.35`, `$0.0123`; `>= $12.35` where a price is missing, and `unknown` where all are."""
+    if usd is None or not math.isfinite(usd) or (not whole and usd == 0):
+        return "unknown"
+    digits = 0 if usd >= 1000 else 2 if usd >= 1 or usd == 0 else min(8, 1 - math.floor(math.log10(usd)) + 1)
+    return f"{'' if whole else '>= '}${usd:,.{digits}f}"
+
+
 def round_line(row: RoundRow, rounds: int, width: int | None = None) -> str:
     """One committed round on one line, shortened from its end to fit `width`."""
     parts = [
@@ -106,6 +124,7 @@ def round_line(row: RoundRow, rounds: int, width: int | None = None) -> str:
         f"{human_count(row.tokens)} tokens",
         f"up {human_bytes(row.bytes_up)}",
         f"down {human_bytes(row.bytes_down)}",
+        *([f"cost {human_usd(row.cost.usd, whole=not row.cost.unpriced)}"] if row.cost else []),
         f"compute {human_seconds(row.compute_s)}",
         f"sync {human_seconds(row.sync_s)}",
     ]
@@ -120,6 +139,8 @@ def event_line(event: Event, width: int | None = None) -> str | None:
         if get("attempt", 1) == 1:
             return f"{region}: loading torch, DeepSpeed"
         return f"{region}: restarting (start {get('attempt')})"
+    if event.kind == "pool_fitted":
+        return f"{region} pool {get('pool')}: {get('reason')}"
     if event.kind == "placement_waiting":
         return f"{region}: {get('missing') or 'there is room now; loading torch, DeepSpeed'}"
     if event.kind == "region_ready":
@@ -127,6 +148,8 @@ def event_line(event: Event, width: int | None = None) -> str | None:
     if event.kind == "region_failed":
         reason = _first_line(get("reason")).removeprefix(f"region {region!r}: ")  # said already
         return f"{region} lost in round {number}: {reason}"
+    if event.kind == "region_leaving":
+        return f"{region} loses its machines: round {number} ends early there, with {human_count(get('tokens') or 0)} tokens"
     if event.kind == "region_gone":
         return f"{region} is gone for good after {get('restarts')} restarts"
     if event.kind == "region_late":
@@ -209,6 +232,8 @@ def closing_lines(
     eval_loss_start: float | None,
     eval_loss_end: float | None,
     seconds: float,
+    cost: Spent | None = None,
+    budget_usd: float | None = None,
 ) -> list[str]:
     """What a run came to, where its results are and what to do next.
 
@@ -222,6 +247,8 @@ def closing_lines(
         eval_loss_start: of the global model before training.
         eval_loss_end: after the last committed round.
         seconds: wall time of this start.
+        cost: what the run has cost over all its starts; None: it is not billed.
+        budget_usd: what it may cost.
     """
     last = rows[-1].round if rows else 0
     run = shlex.quote(str(run_dir))
@@ -243,8 +270,18 @@ def closing_lines(
         lines.insert(
             3, f"  privacy     epsilon {human_epsilon(spent)} per {spent.unit} at delta {spent.delta:g}"
         )
+    if cost is not None:
+        lines.insert(lines.index("next") - 1, f"  cost        {_cost(cost)}")
     if not finished:
-        lines.append(f"  xcloud train {shlex.join(job_arguments)} --resume {run}")
+        more = ""
+        if reason == "budget" and cost is not None and budget_usd is not None:
+            lines.insert(
+                1,
+                f"  budget      {human_usd(budget_usd)} (cost.budget_usd) is not enough for another round, of about "
+                f"{human_usd(cost.next_usd)}; raise it to go on",
+            )
+            more = " --set cost.budget_usd=MORE"
+        lines.append(f"  xcloud train {shlex.join(job_arguments)}{more} --resume {run}")
     lines.append(f"  xcloud status {run}")
     if rows:
         lines += [
@@ -252,6 +289,14 @@ def closing_lines(
             f"  tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}",
         ]
     return lines
+
+
+def _cost(spent: Spent) -> str:
+    """Machines and egress of a run, and what has no price."""
+    total = human_usd(spent.usd, whole=not spent.unpriced)
+    parts = [f"machines {human_usd(spent.machines_usd)}", f"egress {human_usd(spent.egress_usd)}"]
+    lacking = f"; no price: {', '.join(spent.unpriced)}" if spent.unpriced else ""
+    return f"{total} ({', '.join(parts)}{lacking})"
 
 
 def _fall(start: float | None, end: float | None) -> str:

@@ -23,11 +23,13 @@ from xcloud.report.text import (
     SIMULATION,
     STOPPING,
     event_line,
+    exposed_line,
     human_bytes,
     human_clock,
     human_count,
     human_epsilon,
     human_loss,
+    human_usd,
     round_line,
 )
 
@@ -50,7 +52,7 @@ class LiveView:
 
     def on_event(self, event: Event) -> None:
         self.board.on_event(event)
-        if event.kind == "region_ready":
+        if event.kind in ("pool_fitted", "region_ready"):
             line = event_line(event, self._console.width) or ""
             self._console.print(Text(line, style="dim", no_wrap=True, overflow="ellipsis"))
 
@@ -85,9 +87,11 @@ class LiveView:
             parts.append(Text(SIMULATION, style="yellow"))
         if board.clear:
             parts.append(Text(CLEAR, style="yellow"))
+        if board.exposed:
+            parts.append(Text(exposed_line(board.exposed), style="red"))
         if board.masked:
             parts.append(Text(board.masked, style="green", no_wrap=True, overflow="ellipsis"))
-        parts += [self._bar(), self._phase(), Text(""), self._table()]
+        parts += [self._bar(), self._phase(), *self._spent(), Text(""), self._table()]
         parts += [Text(line, style="yellow") for line in board.missing.values()]
         parts += [
             Text(f"! {notice}", style="red", no_wrap=True, overflow="ellipsis") for notice in board.notices
@@ -95,6 +99,16 @@ class LiveView:
         if board.stopping:
             parts.append(Text(STOPPING, style="bold yellow"))
         return Group(*parts)
+
+    def _spent(self) -> list[RenderableType]:
+        """What the run has cost, and what of its budget that is."""
+        cost, asked = self.board.cost, self.board.job.cost
+        if cost is None:
+            return []
+        text = f"spent {human_usd(cost.spent_usd, whole=not cost.unpriced)}"
+        if asked is not None and asked.budget_usd is not None:
+            text += f" of {human_usd(asked.budget_usd)}"
+        return [Text(f"{text}, {human_usd(cost.usd, whole=not cost.unpriced)} in the last round")]
 
     def _bar(self) -> RenderableType:
         board = self.board
@@ -149,6 +163,9 @@ class LiveView:
         dp = self.board.job.dp
         if dp is not None:
             table.add_column(f"eps/{dp.unit}", no_wrap=True, justify="right")
+        billed = self.board.cost is not None
+        if billed:
+            table.add_column("cost", no_wrap=True, justify="right", min_width=5)
         for name, stand in self.board.regions.items():
             rate = "-" if stand.tokens_per_s is None else human_count(stand.tokens_per_s)
             table.add_row(
@@ -161,6 +178,7 @@ class LiveView:
                 human_bytes(stand.bytes_up),
                 human_bytes(stand.bytes_down),
                 *([human_epsilon(stand.privacy)] if dp is not None else []),
+                *([human_usd(stand.usd)] if billed else []),
             )
         return table
 
@@ -196,6 +214,8 @@ class PlainView:
                 self.say([SIMULATION])
             if event.fields.get("envelope", "made") is None:
                 self.say([CLEAR])
+            if event.fields.get("exposed"):
+                self.say([exposed_line(event.fields["exposed"])])
         line = event_line(event)
         if line is not None:
             self.say([line])
@@ -219,10 +239,16 @@ class PlainView:
 
 
 class JsonView:
-    """Writes each event and each round as one JSON object on one line; a round has the kind `round`."""
+    """Writes each event and each round as one JSON object on one line; a round has the kind `round`.
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
+    Args:
+        stream: where to; None: standard output.
+        progress: write how far regions are, too, with the kind `progress`: for a view elsewhere.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, progress: bool = False) -> None:
         self._stream = sys.stdout if stream is None else stream
+        self._progress = progress
 
     def on_event(self, event: Event) -> None:
         self._write(event.to_json())
@@ -231,7 +257,8 @@ class JsonView:
         self._write('{"kind":"round",' + row.model_dump_json()[1:])
 
     def on_progress(self, progress: Progress) -> None:
-        """Nothing: what a script needs is in the rounds."""
+        if self._progress:
+            self._write('{"kind":"progress",' + progress.model_dump_json()[1:])
 
     def stopping(self) -> None:
         _write_from_signal_handler(STOPPING)

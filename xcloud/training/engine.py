@@ -61,12 +61,15 @@ def build_engine(model: torch.nn.Module, engine: EngineConfig, inner: InnerConfi
         old = getattr(model, "gradient_checkpointing_enable", None)
         enable: Any = getattr(model, "activation_checkpointing_enable", old)
         enable(**{f"{enable.__name__.removesuffix('_enable')}_kwargs": {"use_reentrant": False}})
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": engine.micro_batch,
         "gradient_accumulation_steps": engine.gradient_accumulation,
         "train_batch_size": engine.micro_batch * engine.gradient_accumulation * world,
         "gradient_clipping": inner.clip_norm or 0.0,
-        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

@@ -11,10 +11,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from xcloud.cost.memory import ModelShape
 from xcloud.errors import ModelError
 from xcloud.training.settings import ModelConfig
 
-__all__ = ["build_config", "build_model", "trainable"]
+__all__ = ["build_config", "build_model", "measure_model", "trainable"]
 
 
 def build_config(settings: ModelConfig, vocab_size: int) -> Any:
@@ -82,6 +83,37 @@ def build_model(settings: ModelConfig, vocab_size: int, seed: int) -> torch.nn.M
     model.config.use_cache = False
     built: torch.nn.Module = model
     return built
+
+
+def measure_model(settings: ModelConfig, vocab_size: int) -> tuple[int, ModelShape]:
+    """Trainable parameters and shape of a model, without its weights: it is built on torch's meta device.
+
+    Raises:
+        ModelError: names the setting, folder or hub id that is wrong.
+    """
+    if settings.config is not None:
+        config = build_config(settings, vocab_size)
+    else:
+        name = str(settings.pretrained)
+        try:
+            config = AutoConfig.from_pretrained(name, revision=settings.revision or "main")
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model.pretrained: cannot load the config of {name!r}: {str(error).splitlines()[0]}"
+            ) from None
+        _check_vocabulary(config, vocab_size)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"model: {str(error).splitlines()[0]}") from None
+    shape = ModelShape(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        vocab=config.vocab_size,
+        heads=config.num_attention_heads,
+    )
+    return sum(p.numel() for p in trainable(model).values()), shape
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -62,6 +62,8 @@ class EngineConfig(BaseModel):
         gradient_accumulation: forward passes in one inner step.
         precision: fp32, bf16 or fp16 (with dynamic loss scaling); master weights stay fp32.
         activation_checkpointing: recompute activations in the backward pass to save memory.
+        offload: what DeepSpeed keeps in host memory (arXiv 2101.06840): nothing, or the optimizer's states and masters, which
+            then steps on the host.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,15 @@ class EngineConfig(BaseModel):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
+    offload: Literal["none", "optimizer"] = "none"
+
+    @model_validator(mode="after")
+    def _shards_what_it_offloads(self) -> EngineConfig:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError(
+                "offload optimizer needs zero_stage 1, 2 or 3; at 0 DeepSpeed keeps it on the device"
+            )
+        return self
 
 
 class InnerOptimizerConfig(PartConfig):
@@ -221,13 +232,13 @@ class ScheduleConfig(PartConfig):
     type: str
     warmup_steps: Annotated[int, Field(ge=0)] = 0
 
-    def factor(self, step: int, total: int) -> float:
-        """Factor on the inner learning rate at `step` (from 0) of `total`."""
+    def factor(self, step: float, total: int) -> float:
+        """Factor on the inner learning rate at `step` (from 0) of `total`; between two where a round has other than its usual steps."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         return self._after(step - self.warmup_steps, max(1, total - self.warmup_steps))
 
-    def _after(self, step: int, total: int) -> float:
+    def _after(self, step: float, total: int) -> float:
         raise NotImplementedError  # every registered subclass has its shape
 
 
@@ -240,7 +251,7 @@ class ConstantConfig(ScheduleConfig):
 
     type: Literal["constant"] = "constant"
 
-    def _after(self, step: int, total: int) -> float:
+    def _after(self, step: float, total: int) -> float:
         del step, total
         return 1.0
 
@@ -252,7 +263,7 @@ class CosineConfig(ScheduleConfig):
     type: Literal["cosine"] = "cosine"
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
 
-    def _after(self, step: int, total: int) -> float:
+    def _after(self, step: float, total: int) -> float:
         done = min(1.0, step / total)
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 

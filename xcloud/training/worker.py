@@ -63,6 +63,7 @@ from xcloud.secure.vault import Vault
 from xcloud.training.chunks import OwnedChunks, to_numpy
 from xcloud.training.correction import COMMON, OWN, Correction
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
+from xcloud.training.halting import Halt
 from xcloud.training.models import build_model, trainable
 from xcloud.training.muon import Muon
 from xcloud.training.parameters import open_parameters
@@ -153,6 +154,7 @@ class RankWorker:
         if spec.inner.correction is not None:
             self.correction = spec.inner.correction.build(self.parameters)
         self._common = self._new_control()
+        self._halt = Halt(spec.world) if spec.halts else None
         self.private = self._private_steps()
         self.chunks.spread(self.anchor, self.parameters.write)
         self._digests = self._digested()
@@ -190,7 +192,7 @@ class RankWorker:
         """Run the round's inner steps.
 
         Args:
-            plan: of the round.
+            plan: of the round, with the steps of this pool.
             start: absolute position in the region's data order of this pool's first sequence.
         """
         spec, engine = self.spec, self.engine
@@ -206,12 +208,18 @@ class RankWorker:
         if self.correction is not None:
             self.correction.begin()
         generator = torch.cuda.default_generators[0] if spec.on_gpu else torch.default_generator
+        # What lands in this round has to, and a step at least makes an update.
+        first, done = 1 + (spec.streaming.overlap if plan.landing is not None else 0), 0
         for step in range(plan.inner_steps):
+            if step >= first and self._halt is not None and self._halt.agreed():
+                break
             if plan.landing is not None and step == spec.streaming.overlap:
                 landing_s = self._take_up(plan.landing)
-            overall = (plan.round - 1) * spec.inner.steps + step
-            self._set_learning_rate(overall)
-            generator.manual_seed(_mix(spec.seed, spec.region, spec.pool, spec.rank, overall))  # dropout
+            # However many steps the round has here, its learning rates are those of the job's.
+            usual = (plan.round - 1) * spec.inner.steps + step * spec.inner.steps / plan.inner_steps
+            self._set_learning_rate(usual)
+            seed = _mix(spec.seed, spec.region, spec.pool, spec.rank, plan.round, step)
+            generator.manual_seed(seed)  # dropout
             if self.private is not None:
                 self.private.step()
                 losses += torch.nan  # it tells of the data, and no noise is on it
@@ -222,20 +230,29 @@ class RankWorker:
                 engine.backward(loss)
                 engine.step()
                 losses += loss.detach()
+            done += 1
             now = time.perf_counter()
             if self.progress is not None and spec.rank == 0 and now - shown >= PROGRESS_EVERY_S:
                 shown = now
-                done = (step + 1) * accumulation
-                tokens = done * stride * spec.sequence_length
-                self.progress(spec.pool, step + 1, tokens, float(losses) / done)
-        passes = plan.inner_steps * accumulation
+                passes = done * accumulation
+                tokens = passes * stride * spec.sequence_length
+                self.progress(spec.pool, done, tokens, float(losses) / passes)
+        if self._halt is not None:
+            self._halt.close()
+        passes = done * accumulation
         return Trained(
             loss_sum=float(losses),
             steps=passes,
             tokens=passes * micro * spec.sequence_length,
             seconds=time.perf_counter() - began - landing_s,
             landing_s=landing_s,
+            done=done,
         )
+
+    def halt(self) -> None:
+        """Have the pool end its round at the next step. In a second thread."""
+        assert self._halt is not None, "asked of pools whose machines may be taken away"
+        self._halt.tell()
 
     def offer(
         self,
@@ -792,11 +809,11 @@ class RankWorker:
             read=lambda rows: self._batch(self.store.train, rows),
         )
 
-    def _factor(self, step: int) -> float:
+    def _factor(self, step: float) -> float:
         inner = self.spec.inner
         return inner.schedule.factor(step, self.spec.rounds * inner.steps)
 
-    def _set_learning_rate(self, step: int) -> None:
+    def _set_learning_rate(self, step: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * self._factor(step)
 

@@ -1,0 +1,154 @@
+"""Do unequal workers finish a round together once their speed is known?
+
+Three jobs with `balance: dynamic`, real ranks. `workers`: a region of 2 fast workers and 1 slow one. `stages`: a region with two
+pools of different ZeRO stage and micro-batch. `regions`: three regions of one worker each, one of them slow. Every rank is stopped
+and continued by signals, the slow one more than the others, and nothing in the system knows. `finish_spread_ratio` is the longest local training of a round over
+the pools that are balanced, less the shortest, over the longest: the worst round from the third on, of all three jobs. Beside it, the
+same job with equal steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import throttled
+from benchmarks.harness import Options, Result
+from xcloud.cloud.session import ray_session
+from xcloud.config import parse_job
+from xcloud.metrics import Event, RoundRow
+from xcloud.quiet import apply_quiet
+
+__all__ = ["run"]
+
+FAST, SLOW = 0.6, 0.24
+"""Shares of the time in which ranks may run. Together they leave the two cores of a small machine some room, so that a rank does
+not become faster when another has finished, which machines of their own would not do either."""
+
+JOB = """
+name: balance
+seed: {seed}
+rounds: {rounds}
+sequence_length: 128
+model:
+  config: {{model_type: llama, hidden_size: 96, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}}
+regions:
+{regions}
+inner: {{steps: 100, optimizer: {{type: adamw, lr: 3e-3}}}}
+evaluation: {{sequences: 0}}
+checkpoint: {{every: 0}}
+chunk_size: 65536
+balance: {mode}
+"""
+
+REGION = "  - {{name: {name}, cloud: {name}, data: {{type: stdlib, kind: {kind}}}, pools: [{pools}]}}"
+
+SCENARIOS: dict[str, tuple[list[tuple[str, str]], dict[tuple[str, str], float]]] = {
+    "workers": (
+        [
+            (
+                "modules",
+                "{workers: 2, zero_stage: 1, micro_batch: 2}, {workers: 1, zero_stage: 1, micro_batch: 2}",
+            )
+        ],
+        {
+            ("cloud-0", "pool0/rank0"): FAST,
+            ("cloud-0", "pool0/rank1"): FAST,
+            ("cloud-0", "pool1/rank0"): SLOW,
+        },
+    ),
+    "stages": (
+        [
+            (
+                "modules",
+                "{workers: 1, zero_stage: 1, micro_batch: 4}, {workers: 1, zero_stage: 3, micro_batch: 2}",
+            )
+        ],
+        {("cloud-0", "pool0/rank0"): FAST, ("cloud-0", "pool1/rank0"): FAST},
+    ),
+    "regions": (
+        [(kind, "{zero_stage: 0, micro_batch: 2}") for kind in ("modules", "tests", "reference")],
+        {
+            ("cloud-0", "pool0/rank0"): FAST,
+            ("cloud-1", "pool0/rank0"): FAST,
+            ("cloud-2", "pool0/rank0"): SLOW,
+        },
+    ),
+}
+"""Regions' texts and pools, and the share of the time in which each rank may run."""
+
+
+def run(options: Options) -> Result:
+    """Every scenario, with equal steps and with balanced ones."""
+    apply_quiet()
+    rounds = 4 if options.quick else 8
+    rows = []
+    with ray_session(None, cpus=3):
+        for name in SCENARIOS:
+            for mode, played in (("fixed", 3), ("dynamic", rounds)):
+                rows.append(row(name, mode, play(options, name, mode, played)))
+    balanced = [one for one in rows if one["balance"] == "dynamic"]
+    equal = [one for one in rows if one["balance"] == "fixed"]
+    return Result(
+        metrics={
+            "finish_spread_ratio": max(one["worst_ratio"] for one in balanced),
+            "mean_spread_ratio": sum(one["mean_ratio"] for one in balanced) / len(balanced),
+            "fixed_spread_ratio": max(one["worst_ratio"] for one in equal),
+        },
+        targets={"finish_spread_ratio": "<= 0.05"},
+        rows=rows,
+        notes=[
+            f"a fast rank may run for {FAST:.0%} of the time, a slow one for {SLOW:.0%} (SIGSTOP, SIGCONT)",
+            "spread: (longest - shortest) / longest local training of one round, from the third round on",
+        ],
+    )
+
+
+class Spreads:
+    """Listener: how far apart the pools of a run finish, and on how many tokens."""
+
+    def __init__(self) -> None:
+        self.seconds: list[list[float]] = []
+        self.tokens: list[int] = []
+
+    def on_event(self, event: Event) -> None: ...
+
+    def on_round(self, row: RoundRow) -> None:
+        self.seconds.append([pool.compute_s for region in row.regions.values() for pool in region.pools])
+        self.tokens.append(row.tokens)
+
+    def on_progress(self, progress: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def spreads(self) -> list[float]:
+        """(longest - shortest) / longest, of each round."""
+        return [(max(found) - min(found)) / max(found) for found in self.seconds]
+
+
+def play(options: Options, name: str, mode: str, rounds: int) -> Spreads:
+    """One run of a scenario."""
+    regions, duties = SCENARIOS[name]
+    text = "\n".join(
+        REGION.format(name=f"cloud-{number}", kind=kind, pools=pools)
+        for number, (kind, pools) in enumerate(regions)
+    )
+    job = parse_job(JOB.format(seed=options.seed, rounds=rounds, regions=text, mode=mode))
+    spreads = Spreads()
+    throttled.play(job, duties, [spreads])
+    return spreads
+
+
+def row(name: str, mode: str, course: Spreads) -> dict[str, Any]:
+    """For the table."""
+    later = course.spreads[2:]
+    return {
+        "scenario": name,
+        "balance": mode,
+        "worst_ratio": max(later),
+        "mean_ratio": sum(later) / len(later),
+        "first_ratio": course.spreads[0],
+        "round_s": sum(max(found) for found in course.seconds[2:]) / len(later),
+        "tokens_ratio": course.tokens[-1] / course.tokens[0],
+    }
