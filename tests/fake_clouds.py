@@ -117,7 +117,7 @@ class FakeClouds:
     """
 
     def __init__(
-        self, folder: Path, node_types: dict[str, Any], idle_s: float = 12.0, **provider: Any
+        self, folder: Path, node_types: dict[str, Any], idle_s: float = 25.0, **provider: Any
     ) -> None:
         self.folder = folder
         with socket.socket() as probe:
@@ -216,7 +216,7 @@ class FakeClouds:
         }
         with log.open("wb") as file:
             self._head = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        until(lambda: b"Ray runtime started" in log.read_bytes(), 60, lambda: log.read_text()[-2000:])
+        until(lambda: b"Ray runtime started" in log.read_bytes(), 120, lambda: log.read_text()[-2000:])
 
     def down(self) -> None:
         """End every process that carries this cluster's mark."""

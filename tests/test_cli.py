@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +344,18 @@ def test_libraries_are_quiet_unless_the_user_says_otherwise(monkeypatch: pytest.
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     assert "DS_ACCELERATOR" not in quiet_environment()
+
+
+def test_a_run_that_ends_for_its_budget_fails_and_says_what_to_raise(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it was to stop early anyway."""
+    played = driver.train
+
+    def train(job: JobConfig, **arguments: Any) -> Outcome:
+        return replace(played(job, **arguments), finished=False, reason="budget")
+
+    monkeypatch.setattr(driver, "train", train)
+    result = run("train", "job.yaml", "--set", "cost.budget_usd=5", "--stop-after", "2")
+    assert result.exit_code == 1
+    assert "error: runs/demo: another round would exceed cost.budget_usd" in result.stderr

@@ -291,6 +291,14 @@ def test_checkpoints_in_a_store_cost(facts: Facts) -> None:
     assert plan_of(job_of(), facts, None).scenario.storage_usd is None
 
 
+def test_settings_that_are_chosen_from_memory_are_planned_with_and_explained(facts: Facts) -> None:
+    pool = "regions.0.pools.0={micro_batch: 4, fit: auto, instance: m7i.xlarge}"
+    plan = plan_of(job_of(pool), facts, None)
+    assert plan.job.regions[0].pools[0].fit is None
+    assert plan.job.regions[0].pools[0].zero_stage == 0  # one worker shards nothing
+    assert any("regions.us-east-1.pools[0]: ZeRO-0, fp32, micro-batch 4 needs" in note for note in plan.notes)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a job file."""

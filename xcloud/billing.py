@@ -17,12 +17,17 @@ from xcloud.cost.settings import CostConfig
 from xcloud.errors import ConfigError
 from xcloud.prices import Place, PriceBook, load_prices
 
-__all__ = ["Biller", "Tariff", "machines_of", "place_of", "tariff"]
+__all__ = ["Biller", "Tariff", "machines_of", "place_of", "price_file", "tariff"]
 
 
 def place_of(region: RegionConfig) -> Place:
     """Where a region lies."""
     return Place(region.cloud, region.location or region.name)
+
+
+def price_file(job: JobConfig) -> Path | None:
+    """The user's own prices, if the job names some."""
+    return Path(job.cost.prices) if job.cost is not None and job.cost.prices is not None else None
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def tariff(job: JobConfig, always: bool = False) -> Tariff | None:
     if job.cost is None and not named and not always:
         return None
     cost = job.cost or CostConfig()
-    book = load_prices(Path(cost.prices) if cost.prices else None)
+    book = load_prices(price_file(job))
     unpriced: list[str] = []
     regions = {
         region.name: _holding(book, region, f"regions[{index}]", unpriced)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xcloud.aggregation import AggregatorHandle, ClusterAggregation
-from xcloud.billing import tariff
+from xcloud.billing import price_file, tariff
 from xcloud.checkpoint import CheckpointStore
 from xcloud.cloud.session import ray_session
 from xcloud.cluster_region import ClusterRegion
@@ -44,7 +44,7 @@ def train(
     """
     tariff(job)  # a budget without prices, or a wrong instance type, ends before anything starts
     store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
-    job, fitted = fit_pools(job)
+    job, fitted = fit_pools(job, price_file(job))
     record = find_commit(job, store, run_dir, resume)
     keep_job(job, run_dir)
     given, job = job, with_keys(job, run_dir)

@@ -28,8 +28,7 @@ if TYPE_CHECKING:  # they load numpy and more, which `xcloud --help` should not 
 __all__ = ["plan"]
 
 TIMES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-ROOM = 0.9
-"""Share of a device's memory that an estimate may fill."""
+GIB = 2**30
 
 
 def plan(
@@ -236,13 +235,15 @@ def _dates(planned: Plan) -> list[str]:
 
 
 def _memory(planned: Plan, name: str, index: int) -> str:
+    from xcloud.cost.fit import FREE  # noqa: PLC0415 - see `plan`
+
     memory: Memory = planned.memory[name][index]
     pool = planned.job.region(name).pools[index]
     text = human_bytes(memory.total_bytes)
     room = _device_bytes(planned, name, index)
     if room is None:
         return f"{text} + {human_bytes(memory.host_bytes)} host" if not pool.on_gpu else text
-    fits = "" if memory.total_bytes <= ROOM * room else "  does not fit"
+    fits = "" if memory.total_bytes <= (1 - FREE) * room else "  does not fit"
     return f"{text} of {human_bytes(room)}{fits}"
 
 
@@ -252,7 +253,7 @@ def _device_bytes(planned: Plan, name: str, index: int) -> float | None:
     pool = region.pools[index]
     if pool.instance is None or not pool.on_gpu:
         return None
-    return planned.tariff.book.instance(region.cloud, pool.instance).accelerator_memory_gb * 1e9
+    return planned.tariff.book.instance(region.cloud, pool.instance).accelerator_memory_gb * GIB
 
 
 def _show_alternatives(console: Console, forecast: Forecast, rows: Sequence[tuple[Axis, Candidate]]) -> None:
@@ -334,7 +335,8 @@ def _less(before: Forecast, after: Forecast) -> str:
     """By how much dollars change, where all are known."""
     if before.unpriced or after.unpriced or not before.usd:
         return ""
-    return f" ({after.usd / before.usd - 1:+.0%})"
+    change = round(100 * (after.usd / before.usd - 1))
+    return f" ({change:+d}%)" if change else ""
 
 
 def _table(*columns: str) -> Table:

@@ -7,6 +7,7 @@ the codecs themselves: each is asked to encode a chunk of noise.
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +20,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from xcloud.billing import Tariff, place_of, tariff
+from xcloud.billing import Tariff, place_of, price_file, tariff
 from xcloud.codecs import CODECS, Codec, CodecConfig, Frame, ring_of
 from xcloud.config import JobConfig, load_job
 from xcloud.cost.bill import Holding
 from xcloud.cost.memory import Memory, ModelShape, device_memory
 from xcloud.cost.model import Change, Kind, Pace, PoolLoad, RegionLoad, Scenario, Wire
 from xcloud.cost.planner import Axis, Choice
-from xcloud.errors import ConfigError, ModelError
+from xcloud.errors import ConfigError
+from xcloud.fitting import fit_pools
 from xcloud.manifest import ChunkLayout, Manifest
 from xcloud.metrics import Event, RoundRow, read_events, read_rounds
 from xcloud.prices import Place
@@ -123,7 +125,8 @@ def plan_of(
     """
     prices = tariff(job, always=True)
     assert prices is not None
-    notes: list[str] = []
+    job, fitted = fit_pools(job, price_file(job))
+    notes = [f"regions.{name}.pools[{pool}]: {found.why}" for (name, pool), found in fitted.items()]
     scenario = scenario_of(job, facts, measured, prices, notes, bandwidth_mbit)
     return Plan(job, facts, prices, scenario, memory_of(job, facts), tuple(notes))
 
@@ -137,43 +140,12 @@ def facts_of(job: JobConfig) -> Facts:
     Raises:
         ModelError: unknown architecture or setting, or a model that cannot be found.
     """
-    # Here, because torch and transformers take seconds to load, and only a plan needs them.
-    import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
-
-    from xcloud.training.models import build_config, quiet_transformers, trainable  # noqa: PLC0415
-
-    quiet_transformers()
-    config: Any
-    if job.model.config is not None:
-        config = build_config(job.model, job.tokenizer.build().vocab_size)
-    else:
-        assert job.model.pretrained is not None
-        try:
-            config = AutoConfig.from_pretrained(
-                job.model.pretrained, revision=job.model.revision or "main", trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            said = str(error).splitlines()[0]
-            raise ModelError(
-                f"model.pretrained: cannot read the config of {job.model.pretrained!r}: {said}"
-            ) from None
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"model.config: {str(error).splitlines()[0]}") from None
-    shapes = [(name, tuple(p.shape)) for name, p in trainable(model).items()]
+    models = importlib.import_module("xcloud.training.models")  # it loads torch, which takes seconds
+    shapes, shape = models.lay_out(job.model, job.tokenizer.build().vocab_size)
     try:
         manifest = Manifest.of(shapes, job.chunk_size, job.streaming.fragments)
     except ValueError as error:
         raise ConfigError(f"streaming.fragments: {error}") from None
-    shape = ModelShape(
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        vocab=config.vocab_size,
-        heads=config.num_attention_heads,
-    )
     return Facts(manifest.size, manifest.layout, max(1, len(manifest.fragments)), shape)
 
 
@@ -193,6 +165,7 @@ def memory_of(job: JobConfig, facts: Facts) -> dict[str, tuple[Memory, ...]]:
                 pool.workers,
                 facts.shape,
                 job.sequence_length,
+                offload=pool.offload,
                 optimizer_slots=_optimizer_slots(job),
                 outer_slots=len(job.outer.build().slots),
                 feedback=feedback,

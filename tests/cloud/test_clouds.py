@@ -215,3 +215,19 @@ def test_a_wrong_file_is_named(content: str | None, message: str, tmp_path: Path
     cluster = {"provider": provider(clouds=clouds), "available_node_types": {"a": one_type()}}
     with pytest.raises(ConfigError, match=message):
         expand_clouds(cluster, tmp_path)
+
+
+def test_the_projects_own_file_of_three_clouds_is_read() -> None:
+    """Every type has a price, as its cloud's budget asks for, and every GPU type its other market to fall back to."""
+    cluster = yaml.safe_load((Path(__file__).parents[2] / "clusters" / "multi_cloud.yaml").read_text())
+    expanded = expand_clouds(cluster, Path())
+    assert expanded == cluster
+    config = CloudsConfig.read(cluster["provider"])
+    found = node_types(config, cluster["available_node_types"], cluster["head_node_type"])
+    assert {one.cloud for one in found.values()} == {"aws", "gcp", "azure"}
+    for name, one in found.items():
+        assert one.usd_per_hour, name
+        if "GPU" in one.resources:
+            assert len(one.fallback) == 1, name
+            (other,) = one.fallback
+            assert {name, other} == {name.removesuffix("_spot"), f"{name.removesuffix('_spot')}_spot"}

@@ -34,7 +34,7 @@ def training(clouds: FakeClouds, raw: dict[str, Any], run_dir: Path) -> Iterator
     job = clouds.folder / "job.yaml"
     job.write_text(yaml.safe_dump(raw))
     command = [sys.executable, "-m", "xcloud", "train", str(job), "--run-dir", str(run_dir)]
-    command += ["--address", clouds.address]
+    command += ["--address", clouds.address, "--insecure"]  # its nodes are at this machine's own address
     output = clouds.folder / "output"
     with output.open("w") as file:
         driver = subprocess.Popen(command, stdout=file, stderr=file, text=True, env=clouds.environment)
@@ -69,11 +69,11 @@ def test_nodes_come_in_both_clouds_and_go_again(tmp_path: Path) -> None:
     with fake_clouds(tmp_path / "clouds", TYPES) as clouds:
         assert clouds.raylets() == {}
         with training(clouds, two_clouds(tmp_path), run_dir) as driver:
-            until(lambda: clouds.nodes("a") and clouds.nodes("b"), 60, clouds.monitor_log)
+            until(lambda: clouds.nodes("a") and clouds.nodes("b"), 120, clouds.monitor_log)
             output = finish(driver, clouds)
         sharding = [e.fields for e in events(run_dir) if e.kind == "region_sharding"]
         ran_on = {fields["region"]: fields["pools"][0][0]["node"].split(":")[1] for fields in sharding}
-        until(lambda: not clouds.raylets(), 60, clouds.monitor_log)
+        until(lambda: not clouds.raylets(), 120, clouds.monitor_log)
     assert [row.round for row in read_rounds(run_dir)] == [1, 2]
     assert set(ran_on) == {"us-east-1", "europe-west4"}
     for told in (missing(run_dir, "us-east-1")[0], output):
@@ -88,10 +88,10 @@ def test_a_cloud_that_is_down_does_not_stop_the_other(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with fake_clouds(tmp_path / "clouds", TYPES) as clouds:
         clouds.fail("b", "down")
-        until(lambda: "cloud b is down" in clouds.monitor_log(), 30)
+        until(lambda: "cloud b is down" in clouds.monitor_log(), 60)
         with training(clouds, two_clouds(tmp_path), run_dir) as driver:
-            until(lambda: clouds.nodes("a"), 60, clouds.monitor_log)
-            until(lambda: any("cloud b is down" in line for line in missing(run_dir, "europe-west4")), 60)
+            until(lambda: clouds.nodes("a"), 120, clouds.monitor_log)
+            until(lambda: any("cloud b is down" in line for line in missing(run_dir, "europe-west4")), 120)
             assert clouds.nodes("b") == []
             clouds.heal("b", "down")
             output = finish(driver, clouds)
@@ -106,7 +106,7 @@ def test_a_killed_node_is_replaced(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     raw = two_clouds(tmp_path, rounds=4, checkpoint={"every": 1})
     with fake_clouds(tmp_path / "clouds", TYPES) as clouds, training(clouds, raw, run_dir) as driver:
-        until(lambda: any(e.kind == "checkpoint_committed" for e in events(run_dir)), 120, clouds.monitor_log)
+        until(lambda: any(e.kind == "checkpoint_committed" for e in events(run_dir)), 240, clouds.monitor_log)
         (before,) = clouds.nodes("b")
         clouds.raylets()[before].kill()
         until(lambda: [n for n in clouds.nodes("b") if n != before], 120, clouds.monitor_log)
@@ -134,7 +134,7 @@ def test_a_full_market_falls_back_to_the_other(tmp_path: Path) -> None:
     with fake_clouds(tmp_path / "clouds", types) as clouds:
         clouds.fail("a", "full-a_spot", "no spot capacity")
         with training(clouds, raw, run_dir) as driver:
-            until(lambda: clouds.nodes("a"), 60, clouds.monitor_log)
+            until(lambda: clouds.nodes("a"), 120, clouds.monitor_log)
             output = finish(driver, clouds)
         log = clouds.monitor_log()
     assert [row.round for row in read_rounds(run_dir)] == [1, 2]

@@ -17,7 +17,7 @@ from tests.e2e.conftest import play
 from tests.factory import job_of, raw_job, region
 from xcloud.cost.bill import Spent
 from xcloud.cost.model import predict
-from xcloud.metrics import read_rounds
+from xcloud.metrics import read_events, read_rounds
 from xcloud.planning import facts_of, measured_in, plan_of
 from xcloud.report import human_usd
 
@@ -75,6 +75,14 @@ def test_a_run_is_billed_by_the_clock_and_by_what_it_sent(tmp_path: Path) -> Non
     assert sum(forecast.egress.values()) == spent.egress_bytes
     assert forecast.egress_usd == pytest.approx(spent.egress_usd)
     assert forecast.seconds == pytest.approx(spent.seconds, rel=0.25)
+    # What ranks hold of Adam's states is what the estimate of memory says, less the masters where something is sharded.
+    sharded = {
+        e.fields["region"]: e.fields["pools"][0] for e in read_events(run_dir) if e.kind == "region_sharding"
+    }
+    for name, masters in (("here", 0), ("there", 1)):
+        expected = planned.memory[name][0].optimizer_bytes * 2 / (2 + masters)
+        for rank in sharded[name]:
+            assert rank["optimizer_state_bytes"] == pytest.approx(expected, rel=0.02)
     told = subprocess.run(
         [sys.executable, "-m", "xcloud", "status", str(run_dir), "--json"], capture_output=True, check=True
     )

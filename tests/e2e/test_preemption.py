@@ -66,7 +66,17 @@ def test_a_region_leaves_its_node_before_that_goes(tmp_path: Path) -> None:
 
         try:
             facts = json.loads(next(line for line in server.stdout if line.startswith("{")))
-            command = [sys.executable, "-m", "xcloud", "train", str(job), "--run-dir", str(run_dir), "--json"]
+            command = [
+                sys.executable,
+                "-m",
+                "xcloud",
+                "train",
+                str(job),
+                "--run-dir",
+                str(run_dir),
+                "--json",
+                "--insecure",
+            ]
             environment = os.environ | {"RAY_ADDRESS": facts["address"]}
             with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
                 watchdog = threading.Timer(400, run.kill)

@@ -8,10 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,7 @@ SERVE = """
 import json, sys
 from ray.cluster_utils import Cluster
 port, *agents = map(int, sys.argv[1].split(","))
-# A folder of its own: a submitted driver joins the Ray that was started last under the same one.
-head = dict(num_cpus=2, include_dashboard=True, dashboard_port=port, labels={"ray.io/region": "hub"}, temp_dir=sys.argv[2])
+head = dict(num_cpus=int(sys.argv[2]), include_dashboard=True, dashboard_port=port, labels={"ray.io/region": "hub"})
 cluster = Cluster(initialize_head=True, head_node_args=head | {"dashboard_agent_listen_port": agents.pop()})
 ids = {}
 for name in sys.argv[3:]:
@@ -56,9 +54,23 @@ class Served:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Served]:
-    """A head with a dashboard and one node for each of two regions, with TLS and a token: it is not on loopback.
+    """A head with a dashboard and one node for each of two regions."""
+    with served(tmp_path, 2, *NODES) as cluster:
+        yield cluster
 
-    Ray reads these variables when it is first imported, so the cluster has its own process.
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[Served]:
+    """A head alone: nodes of one machine share the folder that working directories are unpacked in, and delete each other's."""
+    with served(tmp_path, 6) as cluster:
+        yield cluster
+
+
+@contextmanager
+def served(tmp_path: Path, cpus: int, *names: str) -> Iterator[Served]:
+    """A cluster with TLS and a token, since it is not on loopback.
+
+    A submitted driver joins the Ray that was started last on its machine, so nothing else may start one meanwhile. Ray reads these variables when it is first imported, so the cluster has its own process.
     """
     keys = ClusterKeys(tmp_path / "keys")
     keys.make([Node("node", tuple(addresses_here()))], days=1)
@@ -66,18 +78,15 @@ def cluster(tmp_path: Path) -> Iterator[Served]:
         **keys.variables("node"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    ports = ",".join(map(str, free_ports(2 + len(NODES))))  # another Ray may run on this machine
+    ports = ",".join(map(str, free_ports(2 + len(names))))  # another Ray may run on this machine
     command = [sys.executable, "-c", SERVE, ports]
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-") as scratch,
-        subprocess.Popen(
-            [*command, scratch, *NODES],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as server,
-    ):
+    with subprocess.Popen(
+        [*command, str(cpus), *names],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
         assert server.stdin is not None
         assert server.stdout is not None
         try:
@@ -127,13 +136,9 @@ def test_ray_job_submit(cluster: Served, tmp_path: Path) -> None:
 
 
 def folder_of(tmp_path: Path, **changes: Any) -> Path:
-    """A working directory with a job whose regions lie on the cluster's nodes; the data stays where it is."""
-    regions = [
-        region(
-            tmp_path / "data", name, seed, {"workers": 1, "micro_batch": 2, "labels": {"ray.io/region": name}}
-        )
-        for seed, name in enumerate(NODES, 1)
-    ]
+    """A working directory with a job; the data stays where it is."""
+    pool = {"workers": 1, "micro_batch": 2}
+    regions = [region(tmp_path / "data", name, seed, pool) for seed, name in enumerate(NODES, 1)]
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / "job.yaml").write_text(yaml.safe_dump(raw_job(tmp_path, regions, **changes)))
@@ -141,13 +146,13 @@ def folder_of(tmp_path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_xcloud_submit(cluster: Served, tmp_path: Path) -> None:
+def test_xcloud_submit(head: Served, tmp_path: Path) -> None:
     """Two runs side by side, seen from here; one is stopped with a checkpoint and goes on; a failure has its reason and its code."""
     folder = folder_of(tmp_path, rounds=3)
     home = tmp_path / "runs"
 
     def xcloud(*words: str, expected: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "xcloud", *words, "--address", cluster.url]
+        command = [sys.executable, "-m", "xcloud", *words, "--address", head.url]
         end = time.monotonic() + 90
         while True:
             done = subprocess.run(
@@ -156,7 +161,7 @@ def test_xcloud_submit(cluster: Served, tmp_path: Path) -> None:
                 text=True,
                 timeout=300,
                 check=False,
-                env=cluster.environment,
+                env=head.environment,
                 cwd=folder,
             )
             if "No available agent" not in done.stderr or time.monotonic() > end:

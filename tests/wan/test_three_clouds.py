@@ -35,7 +35,7 @@ def test_the_three_cloud_job_over_wide_area_links(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with emulated_wan(names, LINK) as network:
         command = [sys.executable, "-m", "xcloud", "train", str(tmp_path / "job.yaml")]
-        command += ["--address", network.address, "--run-dir", str(run_dir)]
+        command += ["--address", network.address, "--insecure", "--run-dir", str(run_dir)]
         done = subprocess.run(
             command, env=network.environment, capture_output=True, text=True, check=False, timeout=500
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -112,6 +113,7 @@ class JobService:
     def __init__(self, address: str | None = None, insecure: bool = False) -> None:
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
         _check_address(self.address, insecure)
+        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each package that it sends
         try:
             self._client = JobSubmissionClient(self.address)
         except (ConnectionError, RuntimeError, ValueError) as error:

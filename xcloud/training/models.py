@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from xcloud.cost.memory import ModelShape
 from xcloud.errors import ModelError
 from xcloud.training.settings import ModelConfig
 
-__all__ = ["build_config", "build_model", "measure_model", "trainable"]
+__all__ = ["build_config", "build_model", "lay_out", "measure_model", "trainable"]
 
 
 def build_config(settings: ModelConfig, vocab_size: int) -> Any:
@@ -86,7 +87,18 @@ def build_model(settings: ModelConfig, vocab_size: int, seed: int) -> torch.nn.M
 
 
 def measure_model(settings: ModelConfig, vocab_size: int) -> tuple[int, ModelShape]:
-    """Trainable parameters and shape of a model, without its weights: it is built on torch's meta device.
+    """Trainable parameters and shape of a model, without its weights.
+
+    Raises:
+        ModelError: names the setting, folder or hub id that is wrong.
+    """
+    named, shape = lay_out(settings, vocab_size)
+    return sum(math.prod(size) for _, size in named), shape
+
+
+def lay_out(settings: ModelConfig, vocab_size: int) -> tuple[list[tuple[str, tuple[int, ...]]], ModelShape]:
+    """Names and shapes of a model's trainable parameters, and what its activations depend on; no weights: it is built on
+    torch's meta device.
 
     Raises:
         ModelError: names the setting, folder or hub id that is wrong.
@@ -113,7 +125,7 @@ def measure_model(settings: ModelConfig, vocab_size: int) -> tuple[int, ModelSha
         vocab=config.vocab_size,
         heads=config.num_attention_heads,
     )
-    return sum(p.numel() for p in trainable(model).values()), shape
+    return [(name, tuple(p.shape)) for name, p in trainable(model).items()], shape
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
