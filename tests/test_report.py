@@ -329,6 +329,20 @@ def test_a_region_without_room_says_what_it_waits_for(job: JobConfig, tmp_path: 
     view.close()
 
 
+def test_a_cluster_that_was_joined_insecurely_is_told_of(job: JobConfig, tmp_path: Path) -> None:
+    line = "insecure: the Ray cluster at 192.0.2.7 has no TLS or no token"
+    for exposed, shown in (("192.0.2.7", True), (None, False)):
+        event = Event(0.0, "run_started", {"simulation": True, "resumed_round": None, "exposed": exposed})
+        plain, screen = io.StringIO(), io.StringIO()
+        PlainView(job, tmp_path, plain).on_event(event)
+        view = LiveView(job, tmp_path, Console(file=io.StringIO(), width=120, force_terminal=True))
+        view.on_event(event)
+        Console(file=screen, width=120, color_system=None).print(view.render())
+        view.close()
+        assert (line in plain.getvalue()) is shown
+        assert (line in screen.getvalue()) is shown
+
+
 def test_the_board_of_a_resumed_run_counts_earlier_bytes(job: JobConfig, tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         log.round(row(1))
