@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import BenchmarkError, Options, Result
-from benchmarks.wan import Wan, wan
+from benchmarks.wan import ShapedCables, Wan, wan
 from xcloud.metrics import RoundRow, read_events, read_rounds
 
 __all__ = ["run"]
@@ -66,7 +66,7 @@ def run(options: Options) -> Result:
         compute_s = sum(row.compute_s for row in free[1:]) / len(free[1:])
         sent = free[-1].regions[SITES[0]]
         rate = 8 * (sent.bytes_up + sent.bytes_down) / compute_s / 1e6
-        network.shape(rate)
+        network.cables.shape(rate)
         rows = [measured(name, network, options, more, steps, syncs, rate) for name, more in RECIPES.items()]
     share = {row["recipe"]: row["inner_share"] for row in rows}
     return Result(
@@ -86,7 +86,7 @@ def run(options: Options) -> Result:
 
 
 def measured(
-    name: str, network: Wan, options: Options, more: str, steps: int, syncs: int, rate: float
+    name: str, network: Wan[ShapedCables], options: Options, more: str, steps: int, syncs: int, rate: float
 ) -> dict[str, Any]:
     """One recipe on the shaped links."""
     fragments = FRAGMENTS if more else 1
@@ -109,7 +109,7 @@ def measured(
     }
 
 
-def play(network: Wan, options: Options, more: str, rounds: int, steps: int) -> list[RoundRow]:
+def play(network: Wan[ShapedCables], options: Options, more: str, rounds: int, steps: int) -> list[RoundRow]:
     """The rows of one run, from the command in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -90,11 +90,15 @@ class World:
     """Every region process there ever was."""
     builds: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
+    missing: dict[str, str] = field(default_factory=dict)
+    """What regions have no room for while they have not started."""
     restarts: int = 0
     """Of the aggregator."""
     restored: list[tuple[str, int, int | None, int]] = field(default_factory=list)
     """(region, round, round of the inner state, cursor) of every restore."""
     held: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
+    leaving: set[tuple[str, int]] = field(default_factory=set)
+    """(region, round) in which a region's machines are about to go: it takes one step."""
     step_s: dict[str, float] = field(default_factory=dict)
     """Seconds that a region's step takes, where that matters."""
 
@@ -228,6 +232,9 @@ class FakeRegion:
         self.asked_for_progress += 1
         return settled(lambda: None)
 
+    def waiting(self) -> Future[str | None]:
+        return settled(lambda: None if self.started else self.world.missing.get(self.name))
+
     def start(self, evaluate: bool) -> Future[RegionReady]:
         return self._call("start", None, lambda: self._start(evaluate))
 
@@ -295,7 +302,8 @@ class FakeRegion:
         return self.pending
 
     def _train(self, plan: RoundPlan) -> tuple[RegionReport, list[int]]:
-        steps = plan.steps_of(self.name)
+        leaving = (self.name, plan.round) in self.world.leaving
+        steps = 1 if leaving else plan.steps_of(self.name)
         end = self.cursor + steps * self.settings.sequences_per_step
         self.world.trained.append((self.name, plan.round, self.cursor, end))
         if not self.job.streaming.keeps_local:
@@ -326,6 +334,7 @@ class FakeRegion:
             parts=tuple((c, 1) for c in chunks),
             compute_s=compute_s,
             encode_s=0.0,
+            leaving=leaving,
             pools=(PoolReport(pool=0, tokens=tokens, loss_sum=0.0, steps=1, compute_s=compute_s),),
         )
         return report, [self.world.put(parts[c]) for c in chunks]

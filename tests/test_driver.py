@@ -174,9 +174,8 @@ def check_books(game: Game) -> None:
             read = part.cursor - cursors[name]
             trained = {end - first for n, r, first, end in world.trained if (n, r) == (name, row.round)}
             usual = game.job.inner.steps * PER_STEP[name]
-            assert part.tokens // TOKENS_PER_SEQUENCE in (
-                trained if game.job.balance.regions != "fixed" else [usual]
-            )
+            unusual = game.job.balance.regions != "fixed" or (name, row.round) in world.leaving
+            assert part.tokens // TOKENS_PER_SEQUENCE in (trained if unusual else [usual])
             # where a region goes on from what it has, an update that is lost has been trained on all the same
             assert read == part.tokens // TOKENS_PER_SEQUENCE or (
                 overlaps and read % (STEPS * PER_STEP[name]) == 0
@@ -216,7 +215,7 @@ def check_books(game: Game) -> None:
     begins = [i for i, e in enumerate(events) if e.kind == "region_starting" and e.fields["attempt"] == 1]
     for event in events[begins[-len(PER_STEP)] :]:
         name = event.fields.get("region", "")
-        if event.kind in ("region_failed", "region_late"):
+        if event.kind in ("region_failed", "region_late", "region_leaving"):
             here[name] = False
         elif event.kind == "region_rejoined":
             assert not here[name]
@@ -225,7 +224,8 @@ def check_books(game: Game) -> None:
             assert event.fields["regions"] == [n for n, ready in here.items() if ready]
     for name in PER_STEP:
         lost = sum(e.kind == "region_failed" and e.fields["region"] == name for e in events[begins[-3] :])
-        assert world.kills[name] == lost + 1
+        moved = sum(e.kind == "region_leaving" and e.fields["region"] == name for e in events[begins[-3] :])
+        assert world.kills[name] == lost + moved + 1
     for _, number, inner, cursor in world.restored:
         assert inner is None or inner <= number
         assert cursor in {c[name] for c in by_round.values() for name in c} | {0}

@@ -308,6 +308,27 @@ def test_the_board_follows_a_round(job: JobConfig, tmp_path: Path) -> None:
     assert board.phase == "finished"
 
 
+def test_a_region_without_room_says_what_it_waits_for(job: JobConfig, tmp_path: Path) -> None:
+    """On the board and the screen while it waits; a line in a log for each change."""
+    missing = "pool 0: waits for 2 x {CPU: 1} (PACK) on nodes with labels a=b: no such node yet"
+    waits = Event(0.0, "placement_waiting", {"region": NAMES[0], "missing": missing})
+    found = Event(1.0, "placement_waiting", {"region": NAMES[0], "missing": None})
+    assert event_line(waits) == f"{NAMES[0]}: {missing}"
+    assert event_line(found) == f"{NAMES[0]}: there is room now; loading torch, DeepSpeed"
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, color_system=None)
+    view = LiveView(job, tmp_path, console)
+    view.on_event(waits)
+    assert view.board.regions[NAMES[0]].state == "no room yet"
+    assert list(view.board.missing.values()) == [f"{NAMES[0]}: {missing}"]
+    screen = Console(file=io.StringIO(), width=80, color_system=None)
+    screen.print(view.render())
+    assert isinstance(screen.file, io.StringIO)
+    assert "waits for 2 x {CPU: 1}" in screen.file.getvalue()
+    view.on_event(found)
+    assert (view.board.regions[NAMES[0]].state, view.board.missing) == ("starting", {})
+    view.close()
+
+
 def test_the_board_of_a_resumed_run_counts_earlier_bytes(job: JobConfig, tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         log.round(row(1))

@@ -22,8 +22,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from xcloud import __version__
+from xcloud.clusters_cli import clusters
 from xcloud.cost.bill import Spent
 from xcloud.errors import ConfigError, XCloudError
+from xcloud.jobs_cli import jobs, logs, stop, submit
 from xcloud.keys_cli import keys
 from xcloud.messages import Progress
 from xcloud.metrics import Event, RoundRow, RunLog, holds_run, read_rounds, to_plain
@@ -77,7 +79,9 @@ app = typer.Typer(
 )
 
 app.add_typer(keys, name="keys")
-app.command()(plan)
+for command in (plan, submit, jobs, logs, stop):
+    app.command()(command)
+app.add_typer(clusters, name="clusters")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under runs/.")]
@@ -126,14 +130,27 @@ def train(
         str | None,
         typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, or a new one on this machine."),
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="Join a cluster over the network without TLS and token. Default: refuse."
+        ),
+    ] = False,
     as_json: Json = False,
+    progress: Annotated[
+        bool, typer.Option("--progress", hidden=True, help="With --json: steps, too.")
+    ] = False,
 ) -> None:
     """Train a job."""
     began = time.monotonic()
     config = _load(job, overrides)
     command = [str(job), *(word for override in overrides or () for word in ("--set", override))]
     folder = _run_folder(config.name, command, run_dir, resume)
-    view = JsonView() if as_json else text_view(config, folder, Console(file=sys.stdout, highlight=False))
+    view = (
+        JsonView(progress=progress)
+        if as_json
+        else text_view(config, folder, Console(file=sys.stdout, highlight=False))
+    )
     signals = _Signals(view)
     with closing(view), RunLog(folder, [view, signals]) as log:
         # Here, because it loads Ray: `xcloud --help` should not wait for that, and the view already shows.
@@ -149,6 +166,7 @@ def train(
                     resume=resume is not None,
                     stop=signals.stop,
                     stop_after=stop_after,
+                    insecure=insecure,
                 )
         except (XCloudError, KeyboardInterrupt):
             view.close()
@@ -314,6 +332,7 @@ def _run_folder(name: str, command: list[str], run_dir: Path | None, resume: str
             raise ConfigError("--resume continues in the run's own folder; leave --run-dir out")
         return _find_run(resume)
     if run_dir is not None:
+        run_dir = run_dir.expanduser()
         if holds_run(run_dir):
             again = shlex.join(["xcloud", "train", *command, "--resume", str(run_dir)])
             raise ConfigError(
@@ -337,7 +356,7 @@ def _find_run(run: str) -> Path:
     Raises:
         ConfigError: there is none; names the nearest.
     """
-    path = Path(run)
+    path = Path(run).expanduser()
     for folder in (path, RUNS / run):
         if holds_run(folder):
             return folder

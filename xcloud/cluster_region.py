@@ -14,7 +14,9 @@ from typing import Any
 import ray
 
 from xcloud.cloud.placement import release_pool
+from xcloud.cloud.waiting import what_is_missing
 from xcloud.config import JobConfig, dump_job, parse_job
+from xcloud.errors import PlacementError
 from xcloud.messages import (
     Applied,
     Progress,
@@ -28,7 +30,7 @@ from xcloud.messages import (
 )
 from xcloud.region import Region, group_name
 from xcloud.transport.blobs import Handle
-from xcloud.transport.calls import call, gather
+from xcloud.transport.calls import call, gather, later
 
 __all__ = ["ClusterRegion"]
 
@@ -85,6 +87,9 @@ class RegionActor:
         progress = self.region.progress()
         return progress.to_wire() if progress else None
 
+    def here(self) -> None:
+        """Answers as soon as there is a node for this actor."""
+
     def pids(self) -> dict[str, int]:
         """Process ids of this actor and its ranks, for fault tests and memory measurements."""
         out = {"region": os.getpid()}
@@ -102,9 +107,11 @@ class ClusterRegion:
     ) -> None:
         self.name = name
         tag = f"{job.name}/{name}/{uuid.uuid4().hex[:8]}"
-        self._groups = [group_name(tag, pool) for pool in range(len(job.region(name).pools))]
+        self._pools = job.region(name).pools
+        self._groups = [group_name(tag, pool) for pool in range(len(self._pools))]
+        self._labelled = enforce_labels
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 4}
-        labels = job.region(name).pools[0].labels
+        labels = self._pools[0].labels
         if enforce_labels and labels:
             options["label_selector"] = dict(
                 labels
@@ -113,9 +120,23 @@ class ClusterRegion:
         self.actor = actor.remote(dump_job(job), name, tag, enforce_labels, checkpoint_url, reader)
 
     def start(self, evaluate: bool) -> Future[RegionReady]:
-        return call(
-            self.name, self.actor.start.remote(evaluate), lambda r: RegionReady.from_wire(r, self.name)
-        )
+        return later(self.name, lambda: self._start(evaluate))
+
+    def _start(self, evaluate: bool) -> RegionReady:
+        timeout_s = self._pools[0].placement_timeout_s  # the pools' own waits begin in the actor
+        ready, _ = ray.wait([self.actor.here.remote()], timeout=timeout_s)
+        if not ready:
+            missing = what_is_missing(self._groups, self._pools) or "waits for its actor to start"
+            raise PlacementError(f"region {self.name!r}: {missing}; given up after {timeout_s:.0f} s")
+        return RegionReady.from_wire(ray.get(self.actor.start.remote(evaluate)), self.name)
+
+    def waiting(self) -> Future[str | None]:
+        """What the region's pools wait for, while one of them has no room; None otherwise."""
+        if not self._labelled:  # one machine, started for as many workers as there are
+            nothing: Future[str | None] = Future()
+            nothing.set_result(None)
+            return nothing
+        return later(self.name, lambda: what_is_missing(self._groups, self._pools))
 
     def run(self, plan: RoundPlan) -> Future[tuple[RegionReport, list[Handle]]]:
         reference = self.actor.run.remote(plan.to_wire())

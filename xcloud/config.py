@@ -143,6 +143,11 @@ class RegionConfig(_Section):
     def sequences_per_step(self) -> int:
         return sum(pool.sequences_per_step for pool in self.pools)
 
+    @property
+    def on_spot(self) -> bool:
+        """Whether some of its machines may be taken away."""
+        return any(pool.market == "spot" for pool in self.pools)
+
 
 class DataConfig(_Section):
     """How every region prepares its data.

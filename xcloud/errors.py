@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "AggregationError",
     "CheckpointError",
+    "CloudError",
     "ConfigError",
     "DataError",
     "DivergenceError",
@@ -51,6 +52,18 @@ class ModelError(XCloudError):
 
 class PlacementError(XCloudError):
     """No set of nodes can hold a pool."""
+
+
+class CloudError(XCloudError):
+    """A cloud's API did not do what it was asked for.
+
+    Attributes:
+        what: the message without the cloud's name.
+    """
+
+    def __init__(self, cloud: str, message: str) -> None:
+        super().__init__(f"cloud {cloud!r}: {message}")
+        self.what = message
 
 
 class RegionError(XCloudError):

@@ -43,6 +43,9 @@ Offer = tuple[RegionReport, list[Any]]
 
 TICK_S = 0.5
 
+WAITING_S = 3.0
+"""How often regions that start are asked what they wait for."""
+
 
 class RegionHandle(Protocol):
     """A region as the driver sees it; every call returns at once with a future."""
@@ -62,6 +65,8 @@ class RegionHandle(Protocol):
     def restore(self, order: RestoreOrder) -> Future[RegionReady]: ...
 
     def progress(self) -> Future[Progress | None]: ...
+
+    def waiting(self) -> Future[str | None]: ...
 
     def secure(self, stage: str, round: int, asked: bytes) -> Future[bytes]: ...
 
@@ -94,6 +99,8 @@ class Member:
     trained: int = 0
     """The last round that these processes were set to train; what they hold of it they offer again."""
     restarts: int = 0
+    leaving: bool = False
+    """Its machines are about to be taken away; it needs others before the next round."""
 
 
 class Fleet:
@@ -116,6 +123,9 @@ class Fleet:
         self._sums: dict[int, tuple[RoundSum, list[Any]]] = {}
         self._asked: dict[str, Future[Progress | None]] = {}
         self._poll_at = 0.0
+        self._missing: dict[str, Future[str | None]] = {}
+        self._missed: dict[str, str | None] = {}
+        self._missing_at = time.monotonic() + WAITING_S
 
     @property
     def ready(self) -> list[str]:
@@ -133,9 +143,9 @@ class Fleet:
 
     @property
     def recovering(self) -> list[str]:
-        """Regions that are away but may come back."""
+        """Regions that are away, or about to be, but may come back."""
         away = (State.LATE, State.LOST, State.STARTING)
-        return [name for name, m in self._members.items() if m.state in away]
+        return [name for name, m in self._members.items() if m.state in away or m.leaving]
 
     def start(self, evaluate: bool) -> dict[str, RegionReady]:
         """Start all regions; a region that cannot start the first time ends the run.
@@ -252,6 +262,9 @@ class Fleet:
             if report.region != name:
                 self.lose(name, round, f"it reports in the name of {report.region!r}")
                 continue
+            if report.leaving and not member.leaving:
+                member.leaving = True
+                self._log.event("region_leaving", region=name, round=report.round, tokens=report.tokens)
             offers[name] = report.model_copy(update={"staleness": max(0, merges - member_round)}), handles
             self._log_finished(name, report)
             if buffer and len(offers) == buffer.goal:
@@ -328,6 +341,8 @@ class Fleet:
             round: about to be played.
             needed: regions the round cannot do without.
         """
+        for name in [name for name, member in self._members.items() if member.leaving]:
+            self._move(name, self._members[name])
         while True:
             for name, member in self._members.items():
                 if member.state is State.LOST:
@@ -337,11 +352,20 @@ class Fleet:
                 return
             busy = [m.busy for m in self._members.values() if m.busy is not None]
             wait(busy, timeout=TICK_S, return_when=FIRST_COMPLETED)
+            self._poll_waiting()
 
     def close(self) -> None:
         """End all regions' processes."""
         for member in self._members.values():
             member.handle.kill()
+
+    def _move(self, name: str, member: Member) -> None:
+        """Start a region anew, on machines that stay; it is no failure of its own, and does not count as one."""
+        member.leaving = False
+        if member.state is State.READY:
+            member.handle.kill()
+            member.work, member.restarts = None, member.restarts - 1
+            self._restart(name, member)
 
     def _restart(self, name: str, member: Member) -> None:
         if member.restarts >= self._policy.max_restarts:
@@ -349,7 +373,7 @@ class Fleet:
             self._log.event("region_gone", region=name, restarts=member.restarts)
             return
         member.restarts += 1
-        self._log.event("region_starting", region=name, attempt=member.restarts + 1)
+        self._log.event("region_starting", region=name, attempt=max(2, member.restarts + 1))
         member.handle, member.trained = self._build(name), 0
         member.state, member.busy = State.STARTING, member.handle.start(False)
 
@@ -402,6 +426,7 @@ class Fleet:
             if time.monotonic() >= self._poll_at:
                 self._poll_at = time.monotonic() + TICK_S
                 self._poll_progress()
+                self._poll_waiting()
 
     def _poll_progress(self) -> None:
         """Ask once at a time, never wait: a busy or dead region must not hold up the rest."""
@@ -413,6 +438,25 @@ class Fleet:
                     self._log.progress(progress)
             if asked is None or asked.done():
                 self._asked[name] = self._members[name].handle.progress()
+
+    def _poll_waiting(self) -> None:
+        """Log what starting regions have no room for, when that changes; as `_poll_progress`, it never waits."""
+        for name, asked in list(self._missing.items()):
+            if not asked.done():
+                continue
+            del self._missing[name]
+            if asked.exception() is not None or self._members[name].state is not State.STARTING:
+                continue  # the call that starts the region fails, too, and says why
+            missing = asked.result()
+            if missing != self._missed.get(name):
+                self._log.event("placement_waiting", region=name, missing=missing)
+            self._missed[name] = missing
+        if time.monotonic() < self._missing_at:
+            return
+        self._missing_at = time.monotonic() + WAITING_S
+        for name, member in self._members.items():
+            if member.state is State.STARTING and name not in self._missing:
+                self._missing[name] = member.handle.waiting()
 
     def _log_ready(self, ready: RegionReady, seconds: float) -> None:
         fields = json_safe(ready)

@@ -179,6 +179,54 @@ def roster_show(path: RosterFile, as_json: Json = False) -> None:
     _show_roster(path, found)
 
 
+@keys.command()
+def cluster(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of the cluster's keys; made if it is not there.")
+    ],
+    nodes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--node",
+            metavar="NODE",
+            help="Make a certificate for NAME, for ADDRESS, or for NAME=ADDRESS,ADDRESS. Repeatable.",
+        ),
+    ] = None,
+    here: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Make one for all addresses of this machine, under this name."),
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="Until certificates of nodes expire.")] = 365,
+    as_json: Json = False,
+) -> None:
+    """Make what secures a Ray cluster: an authority, a token, and a certificate for each node."""
+    # Here, because it loads cryptography, and `xcloud --help` should not wait for that.
+    from xcloud.cloud.certificates import ClusterKeys, Node, addresses_here, parse_node  # noqa: PLC0415
+
+    wanted = [parse_node(node) for node in nodes or ()]
+    if here is not None:
+        wanted.append(Node(parse_node(here).name, tuple(addresses_here())))
+    made = ClusterKeys(folder)
+    written = made.make(wanted, days)
+    variables = {node.name: made.variables(node.name) for node in wanted}
+    if as_json:
+        _print_json({"folder": str(folder), "written": written, "variables": variables})
+        return
+    _say(f"{_count(len(written), 'file')} written in {folder}: {', '.join(written) or 'nothing was missing'}")
+    for node in wanted:
+        _say(f"{node.name}: for {', '.join(node.addresses)}")
+        for name, value in variables[node.name].items():
+            _say(f"  export {name}={shlex.quote(value)}")
+    _console().print("next", style="bold")
+    for node in wanted:
+        _say(
+            f"  run      . {shlex.quote(str(folder / f'{node.name}.env'))}  (on {node.name}, before Ray starts)"
+        )
+    if not wanted:
+        _next_commands(f"xcloud keys cluster {shlex.quote(str(folder))} --here node", who="on each node")
+    _say("  keep     the folder for its owner alone: whoever has ca.key or token is let in everywhere")
+
+
 def _keyring(folder: Path | None) -> Keyring:
     # Here, because it loads numpy and cryptography, and `xcloud --help` should not wait for that.
     from xcloud.secure.keyring import Keyring, default_folder  # noqa: PLC0415

@@ -35,6 +35,7 @@ def train(
     resume: bool = False,
     stop: threading.Event | None = None,
     stop_after: int | None = None,
+    insecure: bool = False,
 ) -> Outcome:
     """Train a job on a Ray cluster, or on one started here.
 
@@ -49,7 +50,7 @@ def train(
     given, job = job, with_keys(job, run_dir)
     log.rewind(record.round if record else 0)
     names = [region.name for region in job.regions]
-    with ray_session(address, job.cpus) as session:
+    with ray_session(address, job.cpus, insecure) as session:
         log.event(
             "run_started",
             job=job.name,
@@ -59,6 +60,7 @@ def train(
             host=socket.gethostname(),
             regions=names,
             envelope=None if job.envelope is None else job.envelope.keys or "made",
+            exposed=session.exposed,
             simulation=True,  # regions that share a Ray cluster are not isolated from one another
             resumed_round=record.round if record else None,
         )

@@ -183,7 +183,8 @@ class RegionReport(Message):
     (first chunk, number of chunks). The buffers travel beside this, one for each part.
     `staleness` is the number of merges since the model that it started from; the driver fills it in.
     `upload`, where updates are masked, is what the region has signed of its own (`secure.messages.Upload`).
-    `landing_s` are the seconds of the round in which no inner step ran because an earlier merge was taken up.
+    `landing_s` are the seconds of the round in which no inner step ran because an earlier merge was taken up. `leaving`: the region's
+    machines are about to be taken away, so that it has ended its round early, and needs others for the next.
     """
 
     region: str
@@ -201,6 +202,7 @@ class RegionReport(Message):
     landing_s: float = 0.0
     staleness: int = 0
     upload: str = ""
+    leaving: bool = False
     pools: tuple[PoolReport, ...]
 
     @property

@@ -27,7 +27,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from xcloud.aggregators import MeanConfig
 from xcloud.balance import Pace, balanced_steps
-from xcloud.cloud.placement import place_pool
+from xcloud.cloud.placement import nodes_of, place_pool
+from xcloud.cloud.preemption import draining_nodes
 from xcloud.config import JobConfig, PoolConfig
 from xcloud.errors import (
     ConfigError,
@@ -76,6 +77,8 @@ from xcloud.update import adds_up, room
 
 __all__ = ["Region", "group_name"]
 
+WATCH_S = 1.0
+"""Between two looks at the nodes that are about to go."""
 BESIDE = "beside"
 """The ranks' second thread, in which merged updates arrive while they train."""
 
@@ -175,6 +178,7 @@ def worker_spec(job: JobConfig, region: str, pool: int, rank: int) -> WorkerSpec
         eval_sequences=job.evaluation.sequences,
         guarded=job.guards is not None,
         hashed=job.secure_aggregation is not None,
+        halts=settings.on_spot,
         cohort=job.cohort,
     )
 
@@ -245,6 +249,7 @@ class Region:
         self._planned: dict[int, range] = {}  # chunks that a round merges
         self._asked: dict[int, tuple[int, tuple[Member, ...]]] = {}  # attempt and company of a merge
         self._shown = False
+        self.leaving = False
         self._paces = [Pace(job.balance.pools) for _ in self.settings.pools]
         self._progress_sink = progress
         self._progress: dict[int, tuple[int, int, float]] = {}
@@ -291,7 +296,19 @@ class Region:
         self._agree(gather([reference for pool in self.pools for reference in pool.ask("digests")]))
         ready = self._ready(evaluate)
         self._allow(1, self.model_digest)
+        if self.settings.on_spot:
+            threading.Thread(target=self._watch, name="preemption", daemon=True).start()
         return ready
+
+    def _watch(self) -> None:
+        """Have the pools end their round as soon as one of their nodes is about to go."""
+        while not self.leaving:
+            time.sleep(WATCH_S)
+            gone = draining_nodes()
+            self.leaving = any(gone.keys() & nodes_of(pool.group) for pool in self.pools)
+        # A pool whose machines stay ends its round, too: the region moves as a whole.
+        for pool in self.pools:
+            pool.tell("halt")
 
     def _spawn(self, group: PlacementGroup, index: int, pool: PoolConfig, rank: int) -> Any:
         spec = worker_spec(self.job, self.name, index, rank)
@@ -305,7 +322,7 @@ class Region:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, rank),
             "runtime_env": {"env_vars": environment},
         }
-        groups = {BESIDE: 1} if self.job.streaming.overlap else None
+        groups = {BESIDE: 1} if self.job.streaming.overlap or self.settings.on_spot else None
         actor = ray.remote(concurrency_groups=groups)(RankActor) if groups else ray.remote(RankActor)
         return actor.options(**options).remote(spec, self.upload, self._progress_sink)
 
@@ -400,8 +417,11 @@ class Region:
             )
             for index, ranks in enumerate(worked)
         )
+        steps = [ranks[0][0].done for ranks in worked]
         for pace, one, mine in zip(self._paces, reports, steps, strict=True):
             pace.note(one.compute_s / max(1, mine))
+        if single:  # of several pools, what one has left of its stretch would lie behind another's
+            at = self.cursor + steps[0] * self.pools[0].config.sequences_per_step
         began = time.perf_counter()
         tokens = [report.tokens for report in reports]
         bundles = [Bundle.join(offer.bundle for _, offer in ranks) for ranks in worked]
@@ -433,6 +453,7 @@ class Region:
             encode_s=encode_s,
             landing_s=max(trained.landing_s for ranks in worked for trained, _ in ranks),
             upload=self._upload(plan, offers),
+            leaving=self.leaving,
             pools=reports,
         )
         return Pending(report, list(bundle.handles), masker, sealing, _table(sealing, offers))

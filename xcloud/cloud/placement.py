@@ -14,7 +14,7 @@ from ray.util.placement_group import (
 from xcloud.cloud.settings import PlacementConfig
 from xcloud.errors import PlacementError
 
-__all__ = ["place_pool", "release_pool"]
+__all__ = ["bundle_of", "nodes_of", "place_pool", "release_pool"]
 
 
 def place_pool(name: str, pool: PlacementConfig, enforce_labels: bool) -> PlacementGroup:
@@ -30,11 +30,7 @@ def place_pool(name: str, pool: PlacementConfig, enforce_labels: bool) -> Placem
     Raises:
         PlacementError: names the pool, what it needs and what the cluster offers.
     """
-    bundle: dict[str, float] = {"CPU": pool.cpus}
-    if pool.on_gpu:
-        bundle["GPU"] = 1
-        if pool.accelerator.lower() != "gpu":
-            bundle[f"accelerator_type:{pool.accelerator}"] = 0.001
+    bundle = bundle_of(pool)
     group = placement_group(
         [dict(bundle) for _ in range(pool.workers)],
         strategy=pool.strategy,
@@ -55,6 +51,21 @@ def place_pool(name: str, pool: PlacementConfig, enforce_labels: bool) -> Placem
         f"{pool.labels or 'any'}; not there after {pool.placement_timeout_s:.0f} s ({state}). "
         f"Live nodes: {'; '.join(offered)}"
     )
+
+
+def nodes_of(group: PlacementGroup) -> set[str]:
+    """Hex ids of the nodes that a group's bundles lie on."""
+    return set(placement_group_table(group)["bundles_to_node_id"].values())
+
+
+def bundle_of(pool: PlacementConfig) -> dict[str, float]:
+    """The resources of one worker."""
+    bundle: dict[str, float] = {"CPU": pool.cpus}
+    if pool.on_gpu:
+        bundle["GPU"] = 1
+        if pool.accelerator.lower() != "gpu":
+            bundle[f"accelerator_type:{pool.accelerator}"] = 0.001
+    return bundle
 
 
 def release_pool(name: str) -> None:

@@ -55,9 +55,11 @@ class Board:
         self.phase = "starting Ray"
         self.simulation = self.clear = False
         self.masked = ""
+        self.exposed = ""
         self.stopping = False
         self.notices: tuple[str, ...] = ()
         self.cost: CostRow | None = None  # of the last round
+        self.missing: dict[str, str] = {}
         self.began = clock()
         self.round_began: float | None = None
         self._played: list[float] = []  # seconds of the last rounds
@@ -128,12 +130,14 @@ class Board:
     def _set(self, name: str, state: str, event: Event) -> None:
         stand = self.regions[name]
         stand.state, stand.since = state, event.time
+        self.missing.pop(name, None)
         if self.phase == "training" and not any(s.state == "training" for s in self.regions.values()):
             self.phase = "merging"
 
     def _run_started(self, event: Event) -> None:
         self.simulation = bool(event.fields.get("simulation"))
         self.clear = event.fields.get("envelope", "made") is None
+        self.exposed = event.fields.get("exposed") or ""
         self.committed = event.fields.get("resumed_round") or 0
         for row in read_rounds(self.run_dir) if self.committed else ():
             self.on_round(row)
@@ -142,6 +146,12 @@ class Board:
     def _region_starting(self, event: Event) -> None:
         first = event.fields.get("attempt", 1) == 1
         self._set(event.fields["region"], "starting" if first else "restarting", event)
+
+    def _placement_waiting(self, event: Event) -> None:
+        missing = event.fields.get("missing") is not None
+        self._set(event.fields["region"], "no room yet" if missing else "starting", event)
+        if missing:
+            self.missing[event.fields["region"]] = event_line(event) or ""
 
     def _region_ready(self, event: Event) -> None:
         self._set(event.fields["region"], "ready", event)

@@ -18,6 +18,7 @@ __all__ = [
     "STOPPING",
     "closing_lines",
     "event_line",
+    "exposed_line",
     "human_bytes",
     "human_clock",
     "human_count",
@@ -32,8 +33,15 @@ STOPPING = "stopping after this round; press Ctrl-C again to stop now (the last 
 SIMULATION = "simulation: all regions share this cluster; nothing isolates them"
 CLEAR = "in the clear: whoever sees the traffic reads every update (envelope: null)"
 
+
+def exposed_line(address: str) -> str:
+    """Warns of a cluster that was joined with `--insecure`."""
+    return f"insecure: the Ray cluster at {address} has no TLS or no token; whoever reaches it reads and runs everything"
+
+
 NOTICE_KINDS = {
     "region_failed",
+    "region_leaving",
     "region_gone",
     "region_late",
     "region_refused",
@@ -133,11 +141,15 @@ def event_line(event: Event, width: int | None = None) -> str | None:
         return f"{region}: restarting (start {get('attempt')})"
     if event.kind == "pool_fitted":
         return f"{region} pool {get('pool')}: {get('reason')}"
+    if event.kind == "placement_waiting":
+        return f"{region}: {get('missing') or 'there is room now; loading torch, DeepSpeed'}"
     if event.kind == "region_ready":
         return _ready_line(event.fields, width)
     if event.kind == "region_failed":
         reason = _first_line(get("reason")).removeprefix(f"region {region!r}: ")  # said already
         return f"{region} lost in round {number}: {reason}"
+    if event.kind == "region_leaving":
+        return f"{region} loses its machines: round {number} ends early there, with {human_count(get('tokens') or 0)} tokens"
     if event.kind == "region_gone":
         return f"{region} is gone for good after {get('restarts')} restarts"
     if event.kind == "region_late":

@@ -23,6 +23,7 @@ from xcloud.report.text import (
     SIMULATION,
     STOPPING,
     event_line,
+    exposed_line,
     human_bytes,
     human_clock,
     human_count,
@@ -86,9 +87,12 @@ class LiveView:
             parts.append(Text(SIMULATION, style="yellow"))
         if board.clear:
             parts.append(Text(CLEAR, style="yellow"))
+        if board.exposed:
+            parts.append(Text(exposed_line(board.exposed), style="red"))
         if board.masked:
             parts.append(Text(board.masked, style="green", no_wrap=True, overflow="ellipsis"))
         parts += [self._bar(), self._phase(), *self._spent(), Text(""), self._table()]
+        parts += [Text(line, style="yellow") for line in board.missing.values()]
         parts += [
             Text(f"! {notice}", style="red", no_wrap=True, overflow="ellipsis") for notice in board.notices
         ]
@@ -210,6 +214,8 @@ class PlainView:
                 self.say([SIMULATION])
             if event.fields.get("envelope", "made") is None:
                 self.say([CLEAR])
+            if event.fields.get("exposed"):
+                self.say([exposed_line(event.fields["exposed"])])
         line = event_line(event)
         if line is not None:
             self.say([line])
@@ -233,10 +239,16 @@ class PlainView:
 
 
 class JsonView:
-    """Writes each event and each round as one JSON object on one line; a round has the kind `round`."""
+    """Writes each event and each round as one JSON object on one line; a round has the kind `round`.
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
+    Args:
+        stream: where to; None: standard output.
+        progress: write how far regions are, too, with the kind `progress`: for a view elsewhere.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, progress: bool = False) -> None:
         self._stream = sys.stdout if stream is None else stream
+        self._progress = progress
 
     def on_event(self, event: Event) -> None:
         self._write(event.to_json())
@@ -245,7 +257,8 @@ class JsonView:
         self._write('{"kind":"round",' + row.model_dump_json()[1:])
 
     def on_progress(self, progress: Progress) -> None:
-        """Nothing: what a script needs is in the rounds."""
+        if self._progress:
+            self._write('{"kind":"progress",' + progress.model_dump_json()[1:])
 
     def stopping(self) -> None:
         _write_from_signal_handler(STOPPING)

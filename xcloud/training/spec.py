@@ -51,6 +51,8 @@ class WorkerSpec:
     eval_sequences: int
     guarded: bool
     hashed: bool
+    halts: bool
+    """Whether a round may end early, because the pool's machines may be taken away."""
     cohort: tuple[int, int]
     """Fewest regions whose masked sum is opened, and those of them that may tell what they have added."""
 
@@ -88,6 +90,8 @@ class Trained:
     steps: int
     tokens: int
     seconds: float
+    done: int = 0
+    """Inner steps."""
     landing_s: float = 0.0
     """Seconds that the inner steps waited for an earlier round's merged update and for its outer step."""
 

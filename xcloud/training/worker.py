@@ -63,6 +63,7 @@ from xcloud.secure.vault import Vault
 from xcloud.training.chunks import OwnedChunks, to_numpy
 from xcloud.training.correction import COMMON, OWN, Correction
 from xcloud.training.engine import build_engine, device_of, join_process_group, optimizer_state_bytes
+from xcloud.training.halting import Halt
 from xcloud.training.models import build_model, trainable
 from xcloud.training.muon import Muon
 from xcloud.training.parameters import open_parameters
@@ -153,6 +154,7 @@ class RankWorker:
         if spec.inner.correction is not None:
             self.correction = spec.inner.correction.build(self.parameters)
         self._common = self._new_control()
+        self._halt = Halt(spec.world) if spec.halts else None
         self.private = self._private_steps()
         self.chunks.spread(self.anchor, self.parameters.write)
         self._digests = self._digested()
@@ -206,7 +208,11 @@ class RankWorker:
         if self.correction is not None:
             self.correction.begin()
         generator = torch.cuda.default_generators[0] if spec.on_gpu else torch.default_generator
+        # What lands in this round has to, and a step at least makes an update.
+        first, done = 1 + (spec.streaming.overlap if plan.landing is not None else 0), 0
         for step in range(plan.inner_steps):
+            if step >= first and self._halt is not None and self._halt.agreed():
+                break
             if plan.landing is not None and step == spec.streaming.overlap:
                 landing_s = self._take_up(plan.landing)
             # However many steps the round has here, its learning rates are those of the job's.
@@ -224,20 +230,29 @@ class RankWorker:
                 engine.backward(loss)
                 engine.step()
                 losses += loss.detach()
+            done += 1
             now = time.perf_counter()
             if self.progress is not None and spec.rank == 0 and now - shown >= PROGRESS_EVERY_S:
                 shown = now
-                done = (step + 1) * accumulation
-                tokens = done * stride * spec.sequence_length
-                self.progress(spec.pool, step + 1, tokens, float(losses) / done)
-        passes = plan.inner_steps * accumulation
+                passes = done * accumulation
+                tokens = passes * stride * spec.sequence_length
+                self.progress(spec.pool, done, tokens, float(losses) / passes)
+        if self._halt is not None:
+            self._halt.close()
+        passes = done * accumulation
         return Trained(
             loss_sum=float(losses),
             steps=passes,
             tokens=passes * micro * spec.sequence_length,
             seconds=time.perf_counter() - began - landing_s,
             landing_s=landing_s,
+            done=done,
         )
+
+    def halt(self) -> None:
+        """Have the pool end its round at the next step. In a second thread."""
+        assert self._halt is not None, "asked of pools whose machines may be taken away"
+        self._halt.tell()
 
     def offer(
         self,
