@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from xcloud.cost.bill import CostRow, RegionCost
 from xcloud.errors import XCloudError
 from xcloud.messages import Progress, RankInfo
 from xcloud.metrics import (
@@ -246,6 +247,32 @@ def test_tensorboard_reads_the_scalars(tmp_path: Path) -> None:
     assert read["a/eval_loss"] == {1: 2.25, 2: 2.25}
     assert "b/eval_loss" not in read
     assert read["b/tokens_per_s"] == {1: 50.0, 2: 50.0}
+
+
+def test_tensorboard_reads_costs_and_an_unknown_price_is_no_number(tmp_path: Path) -> None:
+    part = {
+        "accelerator_hours": 2.0,
+        "core_hours": 0.0,
+        "instance_hours": 0.25,
+        "egress_bytes": 10,
+        "egress_usd": 0.09,
+    }
+    regions = {"a": RegionCost(machines_usd=1.5, **part), "b": RegionCost(machines_usd=None, **part)}
+    cost = CostRow(
+        seconds=9.0,
+        machines_usd=1.5,
+        egress_usd=0.18,
+        spent_usd=3.25,
+        unpriced=("machines of b",),
+        regions=regions,
+    )
+    with RunLog(tmp_path) as log:
+        log.round(row(1, cost=cost))
+    assert read_rounds(tmp_path)[0].cost == cost
+    found = scalars(tmp_path)
+    assert found["cost/spent_usd"] == {1: 3.25}
+    assert found["a/cost/machines_usd"] == {1: 1.5}
+    assert "b/cost/machines_usd" not in found
 
 
 def test_tensorboard_forgets_rewound_rounds(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,8 +146,6 @@ def _run_folder(given: Path) -> Path:
 
 
 def _neutral(axes: Sequence[Axis]) -> list[Axis]:
-    from dataclasses import replace  # noqa: PLC0415 - light, and nothing else here needs it
-
     kept = [replace(axis, choices=tuple(c for c in axis.choices if not c.learning)) for axis in axes]
     return [axis for axis in kept if axis.choices]
 
