@@ -511,6 +511,7 @@ def test_scaffold_needs_the_mean_and_muon_survives_a_dump() -> None:
 
 
 @quick
+@example("\x85").via("a line end of its own")
 @given(st.text(min_size=1, max_size=12) | st.from_regex(r"\A[-+]?[0-9.]{1,4}[eE][-+]?[0-9]{1,3}\Z"))
 def test_any_text_survives_a_dump(text: str) -> None:
     """A region's process reads the job from `dump_job`: a label or a revision that looks like a number stays text."""

@@ -35,8 +35,14 @@ class PlainLoader(StrictLoader):
 
 
 class StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which `StrictLoader` would read as a number."""
+    """SafeDumper that quotes text which `StrictLoader` would read as a number, and escapes line ends that are not `\\n`."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(end in data for end in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+StrictDumper.add_representer(str, StrictDumper.represent_str)
 
 for _side in (StrictLoader, StrictDumper):
     _side.add_implicit_resolver(
