@@ -3,7 +3,7 @@
 Two regions, real ranks, stopped and continued by signals: one may run for four times as much of the time as the other, and nothing in the
 system knows. Their clouds are made up; a price file of the benchmark says what their machines and their traffic cost.
 
-1. A short calibration run.
+1. A short calibration run, after one round that packs the data and fills caches: set-up is part of what is predicted.
 2. `plan --from` it for another number of rounds, other inner steps and another codec, and the run of that job: predicted against the ledger.
 3. The job with equal steps, and the planner's choice for it (inner steps and codec left as they are, so that both see as many tokens and
    syncs): both are run, and their ledgers compared by dollars for each token. Set-up is paid in both.
@@ -109,6 +109,7 @@ def run(options: Options) -> Result:
     with tempfile.TemporaryDirectory() as scratch, ray_session(None, cpus=2):
         folder = Path(scratch)
         (folder / "prices.yaml").write_text(PRICES, encoding="utf-8")
+        play(folder, "warm-up", job_file(folder, options, 1, 2), [])
         calibrated = play(folder, "calibration", job_file(folder, options, 4, steps // 2), [])
         other = job_file(folder, options, rounds, steps)
         predicted = [
