@@ -296,6 +296,88 @@ WRONG = {
         "aws.yaml: worker_start_ray_commands: is missing",
         "neither TLS nor a token",
     ),
+    "Ray's own start commands in a container": (
+        "aws.yaml",
+        lambda raw: (
+            raw.pop("head_start_ray_commands"),
+            raw.pop("worker_start_ray_commands"),
+            raw.update(docker={"image": "here/xcloud:1", "container_name": "ray"}),
+        ),
+        "aws.yaml: head_start_ray_commands: is missing",
+        "neither TLS nor a token",
+    ),
+    "Ray's own machines": (
+        "aws.yaml",
+        lambda raw: (raw.pop("available_node_types"), raw.pop("head_node_type")),
+        "aws.yaml: available_node_types: is missing",
+        "open SSH",
+    ),
+    "a start in the set-up": (
+        "gcp.yaml",
+        lambda raw: raw["setup_commands"].append("ray start --address=$RAY_HEAD_IP:6379"),
+        "gcp.yaml: setup_commands[6]: RAY_USE_TLS is not set",
+        "",
+    ),
+    "a start in a node type's set-up": (
+        "gcp.yaml",
+        node("l4", worker_setup_commands=["ray start --address=$RAY_HEAD_IP:6379"]),
+        "gcp.yaml: available_node_types.l4.worker_setup_commands[0]: RAY_AUTH_MODE is not set",
+        "",
+    ),
+    "a start in a machine's own script": (
+        "aws.yaml",
+        node("l40s", node_config__UserData="#!/bin/sh\nray start --address=10.0.0.1:6379\n"),
+        "aws.yaml: available_node_types.l40s.node_config.UserData: RAY_USE_TLS is not set",
+        "",
+    ),
+    "TLS in a comment": (
+        "aws.yaml",
+        put(
+            "worker_start_ray_commands/1",
+            "ray start --address=$RAY_HEAD_IP:6379 # RAY_USE_TLS=1 RAY_TLS_SERVER_CERT=a RAY_TLS_SERVER_KEY=b "
+            "RAY_TLS_CA_CERT=c RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=d",
+        ),
+        "aws.yaml: worker_start_ray_commands[1]: RAY_USE_TLS is not set",
+        "before `ray start`",
+    ),
+    "TLS after the start": (
+        "aws.yaml",
+        lambda raw: raw["head_start_ray_commands"].__setitem__(
+            1, "ray start --head; " + raw["head_start_ray_commands"][1].partition("ulimit")[0]
+        ),
+        "aws.yaml: head_start_ray_commands[1]: RAY_TLS_CA_CERT is not set",
+        "",
+    ),
+    "a quote without its end": (
+        "azure.yaml",
+        in_command("head_start_ray_commands", "--head", "--head '"),
+        "azure.yaml: head_start_ray_commands[1]: cannot be read",
+        "has no end",
+    ),
+    "this machine, for the network": (
+        "local.yaml",
+        in_command("head_start_ray_commands", "--node-ip-address=127.0.0.2", "--node-ip-address=0.0.0.0"),
+        "local.yaml: head_start_ray_commands[3]: --node-ip-address is 0.0.0.0",
+        "such as 127.0.0.2",
+    ),
+    "this machine, by a name that Ray replaces": (
+        "local.yaml",
+        in_command("head_start_ray_commands", "--node-ip-address=127.0.0.2", "--node-ip-address 127.0.0.1"),
+        "local.yaml: head_start_ray_commands[3]: --node-ip-address is 127.0.0.1",
+        "",
+    ),
+    "this machine, wherever Ray likes": (
+        "local.yaml",
+        in_command("head_start_ray_commands", "--node-ip-address=127.0.0.2", ""),
+        "local.yaml: head_start_ray_commands[3]: --node-ip-address is missing",
+        "",
+    ),
+    "this machine, for everybody": (
+        "local.yaml",
+        in_command("head_start_ray_commands", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"),
+        "local.yaml: head_start_ray_commands[3]: RAY_AUTH_MODE is disabled",
+        "expected token",
+    ),
     "a public service": (
         "kuberay.yaml",
         put("spec/headGroupSpec/serviceType", "LoadBalancer"),

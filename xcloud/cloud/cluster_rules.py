@@ -7,13 +7,15 @@ annotation `xcloud/quota` of a RayCluster), in accelerators by market: clouds do
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from xcloud.cloud.cluster_file import ClusterFile, Problem
-from xcloud.cloud.node_types import ACCELERATOR, CLOUD, MARKET, REGION, NodeType, start_commands
+from xcloud.cloud.cluster_file import ClusterFile, Problem, walk
+from xcloud.cloud.cluster_schema import prepared
+from xcloud.cloud.node_types import ACCELERATOR, CLOUD, MARKET, REGION, START_KEYS, NodeType
+from xcloud.cloud.shell import RayStart, ray_starts
 from xcloud.errors import ConfigError
 from xcloud.prices import Instance, PriceBook
 from xcloud.strict_yaml import StrictLoader
@@ -24,7 +26,10 @@ FILL_IN = "FILL-IN"
 """Marks what only the user knows; `up` refuses a file that still has it."""
 
 EVERYWHERE = re.compile(r"(?<![\d.])0\.0\.0\.0/0|(?<![\w:])::/0")
-DASHBOARD = re.compile(r"--dashboard-host[= ]\"?(?P<host>[^\s\";]+)")
+DASHBOARD = re.compile(r"--dashboard-host[=\s]+\"?(?P<host>[^\s\";]+)")
+LOOPBACK = re.compile(r"127(\.\d{1,3}){3}")
+NOT_KEPT = ("127.0.0.1", "localhost", "::1")
+"""Ray takes these for the machine's address on the network."""
 TLS_VARIABLES = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 EXPECTED = {"RAY_USE_TLS": "1", "RAY_AUTH_MODE": "token"}
@@ -44,7 +49,8 @@ def rule_problems(cluster: ClusterFile, book: PriceBook) -> list[Problem]:
         _kuberay_safety,
         _secured,
     )
-    return [problem for rule in rules for problem in rule(cluster)]
+    # A command that several node types take from one file is told of once.
+    return list(dict.fromkeys(problem for rule in rules for problem in rule(cluster)))
 
 
 def fill_ins(cluster: ClusterFile) -> list[Problem]:
@@ -209,7 +215,7 @@ def _called(cluster: ClusterFile, node: NodeType) -> str:
 
 def _open(cluster: ClusterFile) -> Iterator[Problem]:
     """Addresses that stand for the whole internet."""
-    for key, value in cluster.values():
+    for key, value in (*cluster.values(), *_filled_in(cluster)):
         if not isinstance(value, str):
             continue
         if EVERYWHERE.search(value):
@@ -283,23 +289,69 @@ def _kuberay_safety(cluster: ClusterFile) -> Iterator[Problem]:
             yield cluster.error(key, "puts Ray's ports on the node's own network; expected false")
 
 
-def _secured(cluster: ClusterFile) -> Iterator[Problem]:
-    """TLS and token in every command that starts Ray, unless nothing leaves this machine."""
-    if cluster.form == "kuberay" or cluster.on_this_machine:
+def _filled_in(cluster: ClusterFile) -> Iterator[tuple[str, Any]]:
+    """What Ray adds to a file: values that do not stand in it, with the keys that they get."""
+    if cluster.form == "kuberay":
         return
-    starts = dict(start_commands(cluster.config))
-    for side in ("head_start_ray_commands", "worker_start_ray_commands"):
-        if not any(key.startswith(side) for key in starts) and not cluster.config.get("docker"):
+    written = {value for _, value in cluster.values() if isinstance(value, str)}
+    for key, value in walk(prepared(cluster)):
+        # Start commands that are missing are told of as such.
+        if isinstance(value, str) and value not in written and not key.startswith(START_KEYS):
+            yield key, value
+
+
+def _secured(cluster: ClusterFile) -> Iterator[Problem]:
+    """TLS and token wherever Ray is started; on this machine alone: loopback and token."""
+    if cluster.form == "kuberay":
+        return
+    if not cluster.config.get("available_node_types") and cluster.provider != "local":
+        yield cluster.error(
+            "available_node_types",
+            "is missing: Ray would take machines of its own choice, in networks that open SSH to the whole internet",
+        )
+    sides = {key.partition("[")[0] for key, _ in _starts(cluster.values())}
+    for side in START_KEYS:
+        if side not in sides and not (cluster.on_this_machine and side == "worker_start_ray_commands"):
             yield cluster.error(
                 side, "is missing: Ray's defaults have neither TLS nor a token; expected `ray start`"
             )
-    for key, command in starts.items():
-        for name in (*TLS_VARIABLES, *TOKEN_VARIABLES):
-            found = re.search(rf"(?<!\w){name}=(\"[^\"]*\"|'[^']*'|[^\s;]+)", command)
-            wanted = EXPECTED.get(name)
-            if found is None:
+    for key, start in _starts((*cluster.values(), *_filled_in(cluster))):
+        if isinstance(start, str):
+            yield cluster.error(key, f"cannot be read as a shell command: {start}")
+            continue
+        if cluster.on_this_machine:
+            yield from _on_loopback(cluster, key, start)
+        names = ("RAY_AUTH_MODE",) if cluster.on_this_machine else (*TLS_VARIABLES, *TOKEN_VARIABLES)
+        for name in names:
+            value, wanted = start.environment.get(name), EXPECTED.get(name)
+            if not value:
                 yield cluster.error(
                     key, f"{name} is not set; expected {name}={wanted or 'FILE'} before `ray start`"
                 )
-            elif wanted is not None and found[1].strip("\"'") != wanted:
-                yield cluster.error(key, f"{name} is {found[1]}; expected {wanted}")
+            elif wanted is not None and value != wanted:
+                yield cluster.error(key, f"{name} is {value}; expected {wanted}")
+
+
+def _starts(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, RayStart | str]]:
+    """Every `ray start` in any text, for nothing but Ray's defaults keeps it in the start commands; or why it cannot be read."""
+    for key, value in values:
+        if isinstance(value, str) and (
+            "commands[" in key or re.search(r"\bray\b.*\bstart\b", value, re.DOTALL)
+        ):
+            try:
+                found = ray_starts(value)
+            except ValueError as error:
+                yield key, str(error)
+            else:
+                yield from ((key, start) for start in found)
+
+
+def _on_loopback(cluster: ClusterFile, key: str, start: RayStart) -> Iterator[Problem]:
+    address = start.options.get("--node-ip-address")
+    if address is None or address in NOT_KEPT or not LOOPBACK.fullmatch(address):
+        said = "is missing" if address is None else f"is {address}"
+        yield cluster.error(
+            key,
+            f"--node-ip-address {said}, and Ray would call this node by its address on the network, without TLS; expected "
+            "an address on loopback that Ray keeps, such as 127.0.0.2",
+        )

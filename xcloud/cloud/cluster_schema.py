@@ -26,7 +26,14 @@ from xcloud.cloud.clouds import CloudsConfig, node_types
 from xcloud.cloud.cluster_file import COMPOSITE, ClusterFile, Problem
 from xcloud.errors import ConfigError
 
-__all__ = ["CRDS_VARIABLE", "composite_problems", "kuberay_problems", "launcher_problems", "read_crds"]
+__all__ = [
+    "CRDS_VARIABLE",
+    "composite_problems",
+    "kuberay_problems",
+    "launcher_problems",
+    "prepared",
+    "read_crds",
+]
 
 CRDS_VARIABLE = "XCLOUD_KUBERAY_CRDS"
 KEY_FILES = ("ssh_private_key", "ssh_public_key")
@@ -53,6 +60,17 @@ def launcher_problems(cluster: ClusterFile) -> Iterator[Problem]:
         yield cluster.error("provider", re.sub(r"\x1b\[\d*m", "", lines[-1]) if lines else "Ray refuses it")
     except (ValueError, RuntimeError, TypeError, AttributeError, AssertionError, ImportError) as error:
         yield cluster.error("", f"Ray refuses it: {str(error) or type(error).__name__}")
+    finally:
+        logging.disable(logging_was)
+
+
+def prepared(cluster: ClusterFile) -> dict[str, Any]:
+    """A launcher file as Ray runs it: with what Ray fills in. Takes it for granted that Ray does not refuse it."""
+    logging_was = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return dict(prepare_config(copy.deepcopy(dict(cluster.config))))
     finally:
         logging.disable(logging_was)
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from xcloud.cloud.shell import ray_starts
 
 __all__ = [
     "ACCELERATOR",
     "CLOUD",
     "MARKET",
     "REGION",
+    "START_KEYS",
     "NodeType",
     "kuberay_types",
     "launcher_types",
@@ -27,6 +29,7 @@ __all__ = [
 
 REGION, CLOUD, MARKET = "ray.io/region", "cloud", "ray.io/market-type"
 ACCELERATOR = "ray.io/accelerator-type"
+START_KEYS = ("head_start_ray_commands", "worker_start_ray_commands")
 INSTANCE_SELECTOR = "node.kubernetes.io/instance-type"
 SPOT_SELECTORS = (
     ("cloud.google.com/gke-spot", "true"),
@@ -136,26 +139,17 @@ def _machine(cloud: str, node: Mapping[str, Any]) -> tuple[str | None, str, bool
 
 def start_commands(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Key path and text of every command that starts Ray on a node."""
-    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+    for key in START_KEYS:
         for number, command in enumerate(config.get(key) or ()):
-            if _start_options(command):
+            if ray_starts(command):
                 yield f"{key}[{number}]", command
-
-
-def _start_options(command: str) -> list[str]:
-    """What follows `ray start` in a command."""
-    words = shlex.split(command)
-    for place, word in enumerate(words[:-1]):
-        if word.rpartition("/")[2] == "ray" and words[place + 1] == "start":
-            return words[place + 2 :] or [""]
-    return []
 
 
 def started_types(config: Mapping[str, Any]) -> Iterator[NodeType]:
     """Of machines that are there already: as many kinds as there are start commands."""
     workers = config["provider"].get("worker_ips") or ()
-    for key, command in start_commands(config):
-        options = _options(_start_options(command))
+    starts = [(key, one.options) for key, command in start_commands(config) for one in ray_starts(command)]
+    for key, options in starts:
         labels = dict(pair.partition("=")[::2] for pair in options.get("--labels", "").split(",") if pair)
         of_head = key.startswith("head_")
         resources = {
@@ -180,16 +174,6 @@ def started_types(config: Mapping[str, Any]) -> Iterator[NodeType]:
             labels=labels,
             labels_key=f"{key} (--labels)",
         )
-
-
-def _options(words: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for place, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            follows = words[place + 1] if place + 1 < len(words) else "--"
-            found[name] = value if equals else "" if follows.startswith("--") else follows
-    return found
 
 
 def kuberay_types(specs: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[NodeType]:
