@@ -384,6 +384,32 @@ WRONG = {
         "kuberay.yaml: [0].spec.headGroupSpec.serviceType: 'LoadBalancer'",
         "expected ClusterIP",
     ),
+    "a public service by its own spec": (
+        "kuberay.yaml",
+        put("spec/headGroupSpec/headService", {"spec": {"type": "NodePort"}}),
+        "kuberay.yaml: [0].spec.headGroupSpec.headService.spec.type: 'NodePort'",
+        "expected ClusterIP",
+    ),
+    "a service with an address outside": (
+        "kuberay.yaml",
+        put("spec/headGroupSpec/headService", {"spec": {"externalIPs": ["192.0.2.1"]}}),
+        "kuberay.yaml: [0].spec.headGroupSpec.headService.spec.externalIPs: lets others",
+        "",
+    ),
+    "a port of the machine": (
+        "kuberay.yaml",
+        put(
+            "spec/headGroupSpec/template/spec/containers/0/ports", [{"containerPort": 8265, "hostPort": 8265}]
+        ),
+        "kuberay.yaml: [0].spec.headGroupSpec.template.spec.containers[0].ports[0].hostPort: puts ports",
+        "",
+    ),
+    "a kind that is not Ray's": (
+        "kuberay.yaml",
+        lambda raw: raw.update({"apiVersion": "example.org/v1"}),
+        "kuberay.yaml: [0].kind: example.org/v1 RayCluster: nothing here knows",
+        "expected ray.io RayCluster or RayJob",
+    ),
     "no TLS on Kubernetes": (
         "kuberay.yaml",
         put("spec/tlsOptions", None),
@@ -425,6 +451,16 @@ def test_what_is_wrong_is_told_with_file_and_key(what: str) -> None:
     assert told, found
     assert all(problem.startswith(name) for problem in found)
     assert any(hint in problem for problem in told)
+
+
+@pytest.mark.parametrize(
+    ("version", "kind"), [("v1", "Service"), ("ray.io/v1", "RayService"), ("networking.k8s.io/v1", "Ingress")]
+)
+def test_documents_that_would_open_a_door_are_not_applied(version: str, kind: str) -> None:
+    documents = list(yaml.safe_load_all((ROOT / "clusters" / "kuberay.yaml").read_text(encoding="utf-8")))
+    documents.append({"apiVersion": version, "kind": kind, "metadata": {"name": "x"}, "spec": {}})
+    (problem,) = problems_of(parse_cluster(yaml.safe_dump_all(documents), Path("k.yaml")))
+    assert problem.startswith(f"k.yaml: [2].kind: {version} {kind}: ")
 
 
 def test_a_quota_on_kubernetes_is_an_annotation() -> None:

@@ -35,6 +35,8 @@ TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 EXPECTED = {"RAY_USE_TLS": "1", "RAY_AUTH_MODE": "token"}
 QUOTA_ANNOTATION = "xcloud/quota"
 MARKETS = ("spot", "on-demand")
+KINDS = ("RayCluster", "RayJob")
+"""What `up` applies: kinds whose every door is looked at here."""
 
 
 def rule_problems(cluster: ClusterFile, book: PriceBook) -> list[Problem]:
@@ -260,6 +262,16 @@ def _network(cluster: ClusterFile) -> Iterator[Problem]:
 
 
 def _kuberay_safety(cluster: ClusterFile) -> Iterator[Problem]:
+    if cluster.form != "kuberay":
+        return
+    for number, document in enumerate(cluster.documents):
+        kind, group = str(document.get("kind")), str(document.get("apiVersion")).partition("/")[0]
+        if kind not in KINDS or group != "ray.io":
+            yield cluster.error(
+                f"[{number}].kind" if len(cluster.documents) > 1 else "kind",
+                f"{document.get('apiVersion')} {kind}: nothing here knows what it opens (a Service, an Ingress and a "
+                f"RayService can be reached from outside); expected ray.io {' or '.join(KINDS)}; apply others yourself",
+            )
     for key, _, spec in cluster.clusters():
         head = spec.get("headGroupSpec") or {}
         service = head.get("serviceType", "ClusterIP")
@@ -267,6 +279,17 @@ def _kuberay_safety(cluster: ClusterFile) -> Iterator[Problem]:
             yield cluster.error(
                 f"{key}.headGroupSpec.serviceType",
                 f"{service!r} can be reached from outside; expected ClusterIP",
+            )
+        service_spec = (head.get("headService") or {}).get("spec") or {}
+        if service_spec.get("type", "ClusterIP") != "ClusterIP":
+            yield cluster.error(
+                f"{key}.headGroupSpec.headService.spec.type",
+                f"{service_spec['type']!r} can be reached from outside; expected ClusterIP",
+            )
+        if service_spec.get("externalIPs"):
+            yield cluster.error(
+                f"{key}.headGroupSpec.headService.spec.externalIPs",
+                "lets others than the cluster's pods in; expected none",
             )
         if head.get("enableIngress"):
             yield cluster.error(f"{key}.headGroupSpec.enableIngress", "opens the dashboard; expected false")
@@ -285,8 +308,8 @@ def _kuberay_safety(cluster: ClusterFile) -> Iterator[Problem]:
                 f"{key}.authOptions.mode", "is missing: anybody could call Ray; expected token"
             )
     for key, value in cluster.values():
-        if cluster.form == "kuberay" and key.endswith("hostNetwork") and value:
-            yield cluster.error(key, "puts Ray's ports on the node's own network; expected false")
+        if key.endswith(("hostNetwork", "hostPort")) and value:
+            yield cluster.error(key, "puts ports on the machine's own network; expected none of it")
 
 
 def _filled_in(cluster: ClusterFile) -> Iterator[tuple[str, Any]]:
