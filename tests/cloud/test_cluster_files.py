@@ -510,6 +510,37 @@ def test_a_cloud_may_be_taken_from_another_file(tmp_path: Path, monkeypatch: pyt
         parse_cluster(yaml.safe_dump(raw), tmp_path / "multi.yaml")
 
 
+def test_a_file_that_is_taken_in_is_held_to_the_same_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load((ROOT / "clusters" / "multi_cloud.yaml").read_text(encoding="utf-8"))
+    raw["provider"]["clouds"]["gcp"] = {"file": "gcp.yaml", "max_workers": 8}
+    for name in [name for name in raw["available_node_types"] if name.startswith("gcp_")]:
+        del raw["available_node_types"][name]
+    taken = yaml.safe_load((ROOT / "clusters" / "gcp.yaml").read_text(encoding="utf-8"))
+    taken["setup_commands"].append("ray start --address=$RAY_HEAD_IP:6379 --dashboard-host=0.0.0.0")
+    taken["provider"]["firewall"] = {"sourceRanges": ["0.0.0.0/0"]}
+    taken["available_node_types"]["l4"]["node_config"]["open"] = "::/0"
+    (tmp_path / "gcp.yaml").write_text(yaml.safe_dump(taken))
+    cluster = parse_cluster(yaml.safe_dump(raw), Path("multi.yaml"))
+    found = problems_of(cluster)
+    for told in (
+        "gcp.yaml: provider.firewall.sourceRanges[0]: '0.0.0.0/0' opens it",
+        "gcp.yaml: available_node_types.l4.node_config.open: '::/0' opens it",
+        "gcp.yaml: setup_commands[6]: --dashboard-host=0.0.0.0",
+        "gcp.yaml: setup_commands[6]: RAY_USE_TLS is not set",
+    ):
+        assert sum(problem.startswith(told) for problem in found) == 1, found
+    assert ("gcp.yaml", "provider.project_id") in [(one.file, one.key) for one in fill_ins(cluster)]
+    raw["provider"]["clouds"]["gcp"]["provider"] = {"type": "gcp", "project_id": "mine", "zone": "0.0.0.0/0"}
+    cluster = parse_cluster(yaml.safe_dump(raw), Path("multi.yaml"))
+    assert "provider.project_id" not in [one.key for one in fill_ins(cluster)]
+    assert any(
+        told.startswith("multi.yaml: provider.clouds.gcp.provider.zone: ") for told in problems_of(cluster)
+    )
+
+
 def test_what_is_to_be_filled_in_is_told_once_for_each_value() -> None:
     (one,) = fill_ins(read_cluster(ROOT / "clusters" / "aws.yaml"))
     assert one.key == "available_node_types.head.node_config.SecurityGroupIds[0]"

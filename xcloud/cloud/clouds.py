@@ -33,7 +33,7 @@ from xcloud.prices import PriceBook, load_prices
 from xcloud.registry import nearest
 from xcloud.strict_yaml import StrictLoader
 
-__all__ = ["CLOUD_KEY", "CloudsConfig", "expand_clouds", "node_types", "own_config"]
+__all__ = ["CLOUD_KEY", "CloudsConfig", "expand_clouds", "expand_with_origins", "node_types", "own_config"]
 
 CLOUD_KEY, PRICE_KEY, FALLBACK_KEY = "_cloud", "_usd_per_hour", "_fallback"
 OWN_KEYS = (CLOUD_KEY, PRICE_KEY, FALLBACK_KEY)
@@ -276,7 +276,19 @@ def expand_clouds(cluster: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: names cloud, file and key.
     """
+    return expand_with_origins(cluster, folder)[0]
+
+
+def expand_with_origins(
+    cluster: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, tuple[Path, str]]]:
+    """Like `expand_clouds`, with where it was taken from: file and key, by the key path that it got.
+
+    Raises:
+        ConfigError: as `expand_clouds`.
+    """
     out: dict[str, Any] = copy.deepcopy(dict(cluster))
+    origins: dict[str, tuple[Path, str]] = {}
     config = CloudsConfig.read(out.get("provider") or {})
     types: dict[str, Any] = out.setdefault("available_node_types", {})
     for name, cloud in config.clouds.items():
@@ -288,7 +300,13 @@ def expand_clouds(cluster: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         del spec["file"]
         spec["provider"] = {**taken["provider"], **(cloud.provider or {})}
         spec["auth"] = {**(taken.get("auth") or {}), **cloud.auth}
-        commands = [*(taken.get("setup_commands") or []), *(taken.get("worker_setup_commands") or [])]
+        for part, own in (("provider", cloud.provider or {}), ("auth", cloud.auth)):
+            for key in spec[part].keys() - own.keys():
+                origins[f"provider.clouds.{name}.{part}.{key}"] = (path, f"{part}.{key}")
+        commands, sources = [], []
+        for key in ("setup_commands", "worker_setup_commands"):
+            commands += taken.get(key) or []
+            sources += [f"{key}[{number}]" for number in range(len(taken.get(key) or []))]
         for kind, settings in taken["available_node_types"].items():
             if kind == taken.get("head_node_type") and (kind != out.get("head_node_type") or kind in types):
                 continue  # one cluster has one head
@@ -297,18 +315,23 @@ def expand_clouds(cluster: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                     f"{path}: available_node_types.{kind}: another file has that node type, too"
                 )
             added: dict[str, Any] = copy.deepcopy(settings)
+            at = f"available_node_types.{kind}"
+            origins[at] = (path, at)
             added["node_config"] = {**(added.get("node_config") or {}), CLOUD_KEY: name}
             added.setdefault("min_workers", 0)
             added.setdefault(
                 "max_workers", 0 if kind == out.get("head_node_type") else taken.get("max_workers", 2)
             )
-            if commands:
-                added.setdefault("worker_setup_commands", commands)
+            if commands and "worker_setup_commands" not in added:
+                added["worker_setup_commands"] = commands
+                for number, source in enumerate(sources):
+                    origins[f"{at}.worker_setup_commands[{number}]"] = (path, source)
             for key in TAKEN:
-                if taken.get(key):
-                    added.setdefault(key, taken[key])
+                if taken.get(key) and key not in added:
+                    added[key] = taken[key]
+                    origins[f"{at}.{key}"] = (path, key)
             types[kind] = added
-    return out
+    return out, origins
 
 
 def _load(path: Path, at: str) -> dict[str, Any]:

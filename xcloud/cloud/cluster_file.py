@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from xcloud.cloud.clouds import expand_clouds
+from xcloud.cloud.clouds import expand_with_origins
 from xcloud.cloud.node_types import NodeType, kuberay_types, launcher_types, started_types
 from xcloud.errors import ConfigError
 from xcloud.strict_yaml import StrictDumper, StrictLoader
@@ -52,6 +52,7 @@ class ClusterFile:
         documents: its YAML documents as parsed.
         form: whose format it has.
         expanded: of a file over several clouds: with the cluster files that it names taken into it.
+        origins: of what was taken: its file and key there, by the key in `expanded`.
         node_types: what it offers.
     """
 
@@ -59,6 +60,7 @@ class ClusterFile:
     documents: tuple[Mapping[str, Any], ...]
     form: Literal["launcher", "kuberay"]
     expanded: Mapping[str, Any] | None = field(default=None, compare=False)
+    origins: Mapping[str, tuple[Path, str]] = field(default_factory=dict, compare=False)
     node_types: tuple[NodeType, ...] = field(default=(), compare=False)
 
     @property
@@ -95,11 +97,18 @@ class ClusterFile:
         return replace(self, documents=tuple(document for document in self.documents if wanted(document)))
 
     def values(self) -> Iterator[tuple[str, Any]]:
-        """Every value of every document with its key path."""
-        for number, document in enumerate(self.documents):
+        """Every value of every document with its key path, what other files give included."""
+        for number, document in enumerate([self.config] if self.form == "launcher" else self.documents):
             yield from walk(document, f"[{number}]" if len(self.documents) > 1 else "")
 
     def error(self, key: str, text: str) -> Problem:
+        """Something wrong at a key of `config`, in the file that the key stands in."""
+        end = len(key)
+        while end > 0:
+            if key[:end] in self.origins:
+                path, there = self.origins[key[:end]]
+                return Problem(str(path), there + key[end:], text)
+            end = max(key.rfind(".", 0, end), key.rfind("[", 0, end))
         return Problem(str(self.path), key, text)
 
     def clusters(self) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
@@ -149,7 +158,8 @@ def parse_cluster(text: str, path: Path) -> ClusterFile:
         cluster = ClusterFile(path, documents, "launcher")
         if cluster.config["provider"].get("module") == COMPOSITE:
             try:  # as the provider does it: other files are looked for from the working directory
-                cluster = replace(cluster, expanded=expand_clouds(cluster.config, Path()))
+                expanded, origins = expand_with_origins(cluster.config, Path())
+                cluster = replace(cluster, expanded=expanded, origins=origins)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}") from None
     else:
