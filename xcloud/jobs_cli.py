@@ -92,7 +92,9 @@ def submit(
     arguments += ["--stop-after", str(stop_after)] if stop_after is not None else []
     if not as_json:
         typer.echo(f"sending {working_dir.resolve()} to {service.address}", err=True)
-    service.submit(Submission(job_id, working_dir, arguments, folder, dump_job(config), ship))
+    kept = service.submit(Submission(job_id, working_dir, arguments, folder, dump_job(config), ship))
+    if kept and not as_json:
+        typer.echo(f"not sent, because secret: {', '.join(map(str, kept))}", err=True)
     if not wait:
         if as_json:
             _print_json({"id": job_id, "run_dir": folder})

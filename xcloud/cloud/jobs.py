@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from xcloud.cloud.packing import KEY_PATTERNS, kept_back, pattern_of
 from xcloud.errors import ConfigError, PlacementError
 
 __all__ = ["JobEnd", "JobService", "JobState", "Submission", "record_of"]
@@ -38,8 +39,9 @@ EXCLUDES = (
     ".mypy_cache",
     ".pytest_cache",
     ".ruff_cache",
+    *KEY_PATTERNS,
 )
-"""What a working directory never needs on the cluster."""
+"""What a working directory never needs on the cluster, or must not bring there."""
 STOP_WAIT_S = 3600
 """How long Ray lets a stopped driver finish its round and its checkpoint before it kills it."""
 RUN_DIR, JOB, COMMAND = "xcloud.run_dir", "xcloud.job", "xcloud.command"
@@ -120,21 +122,33 @@ class JobService:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PlacementError(f"no Jobs API at {self.address} (--address): {_hint(error)}") from None
 
-    def submit(self, what: Submission) -> None:
+    def submit(self, what: Submission) -> list[Path]:
         """Pack the working directory and start the driver on the head.
 
+        Returns:
+            What of the directory was not sent, because it is secret: run folders, keys, tokens.
+
         Raises:
+            ConfigError: what is secret cannot be told from what is to be sent; names it.
             PlacementError: the cluster does not take it; says why.
         """
         command = ["python", "-m", "xcloud", "train", *what.arguments]
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **(what.environment or {})}
+        kept = kept_back(what.working_dir, EXCLUDES)
+        package = Path(__file__).parents[1]
+        for path in kept:
+            if what.ship and (package / path).exists():  # Ray has one list of patterns for both
+                raise ConfigError(
+                    f"{what.working_dir / path}: must not be sent, and with --ship xcloud's own {path} would stay here "
+                    "with it; move it out of the working directory"
+                )
         runtime_env: dict[str, Any] = {
             "working_dir": str(what.working_dir),
-            "excludes": list(EXCLUDES),
+            "excludes": [*EXCLUDES, *map(pattern_of, kept)],
             "env_vars": environment,
         }
         if what.ship:
-            runtime_env["py_modules"] = [str(Path(__file__).parents[1])]
+            runtime_env["py_modules"] = [str(package)]
         metadata = {RUN_DIR: what.run_dir, JOB: what.job, COMMAND: shlex.join(what.arguments)}
         try:
             self._client.submit_job(
@@ -145,6 +159,7 @@ class JobService:
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PlacementError(f"job {what.id}: {self.address} does not take it: {_hint(error)}") from None
+        return kept
 
     def follow(self, job_id: str, tell: Callable[[str], None]) -> JobEnd:
         """Hand on each line of a job's log until the job ends. A connection that breaks is taken up again.
