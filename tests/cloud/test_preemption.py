@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import yaml
 
-from xcloud.cloud.preemption import Notice, notice, watch
+from xcloud.cloud.preemption import Notice, main, notice, watch, watched
+from xcloud.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 class Service(BaseHTTPRequestHandler):
@@ -133,3 +141,62 @@ def test_a_service_that_is_not_there_is_said_once(caplog: pytest.LogCaptureFixtu
         with pytest.raises(EnoughError):
             watch("aws", lambda told: None, "http://127.0.0.1:9", poll_s=0.01)
     assert sum("does not answer" in record.message for record in caplog.records) == 1
+
+
+SPOT = {"ray.io/market-type": "spot", "cloud": "gcp"}
+
+
+def test_a_node_is_watched_by_its_labels() -> None:
+    assert watched("auto", SPOT, spot_only=True) == "gcp"
+    assert watched("aws", SPOT, spot_only=True) == "aws"
+    assert watched("azure", {}, spot_only=False) == "azure"
+    for labels in ({}, SPOT | {"ray.io/market-type": "on-demand"}):
+        assert watched("auto", labels, spot_only=True) is None
+    with pytest.raises(
+        ConfigError, match="label cloud of this node is 'lab'; expected one of aws, azure, gcp"
+    ):
+        watched("auto", SPOT | {"cloud": "lab"}, spot_only=True)
+
+
+@pytest.mark.parametrize(("market", "drained"), [("spot", ["ab"]), ("on-demand", [])])
+def test_the_command_drains_a_spot_node_and_leaves_others(
+    market: str, drained: list[str], service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Ray, which says only which node this is; draining for real: tests/e2e/test_preemption.py."""
+    Service.answers["/computeMetadata/v1/instance/preempted"] = "TRUE"
+    nodes = [
+        {"NodeID": "cd", "Labels": {"ray.io/market-type": "spot", "cloud": "aws"}},
+        {"NodeID": "ab", "Labels": {"ray.io/market-type": market, "cloud": "gcp"}},
+    ]
+    context = SimpleNamespace(get_node_id=lambda: "ab", gcs_address="10.0.0.1:6379")
+    fake = SimpleNamespace(init=lambda **_: None, nodes=lambda: nodes, get_runtime_context=lambda: context)
+    found: list[str] = []
+    monkeypatch.setattr("xcloud.cloud.preemption.ray", fake)
+    monkeypatch.setattr("xcloud.cloud.preemption.drain", lambda address, node, told: found.append(node))
+    main(["auto", "--spot-only", "--metadata-url", service])
+    assert found == drained
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp", "azure", "multi_cloud"])
+def test_cluster_files_start_the_watch_beside_ray(name: str, tmp_path: Path) -> None:
+    """bash runs the shipped command; programs that stand in for ray and python say what they were given."""
+    raw = yaml.safe_load((ROOT / "clusters" / f"{name}.yaml").read_text(encoding="utf-8"))
+    bin_ = tmp_path / ".xcloud" / "venv" / "bin"
+    bin_.mkdir(parents=True)
+    done = tmp_path / "done"
+    os.mkfifo(done)
+    for program in ("ray", "python"):
+        (bin_ / program).write_text(
+            f'#!/bin/sh\necho "{program} $* $RAY_USE_TLS $RAY_AUTH_MODE $RAY_TLS_CA_CERT" >> "$HOME/words"\n'
+            + ("" if program == "ray" else f"echo > {done}\n")
+        )
+        (bin_ / program).chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "10.0.0.1"}
+    command = raw["worker_start_ray_commands"][-1]
+    subprocess.run(["bash", "-c", command], env=environment, check=True, timeout=30)
+    done.read_text()  # ends when the one in the background has run
+    secured = f"1 token {tmp_path}/.xcloud/keys/ca.crt"
+    assert (tmp_path / "words").read_text().splitlines() == [
+        f"ray start --address=10.0.0.1:6379 --object-manager-port=8076 {secured}",
+        f"python -m xcloud.cloud.preemption auto --spot-only {secured}",
+    ]

@@ -303,7 +303,8 @@ def expand_with_origins(
         for part, own in (("provider", cloud.provider or {}), ("auth", cloud.auth)):
             for key in spec[part].keys() - own.keys():
                 origins[f"provider.clouds.{name}.{part}.{key}"] = (path, f"{part}.{key}")
-        commands, sources = [], []
+        commands: list[Any] = []
+        sources: list[str] = []
         for key in ("setup_commands", "worker_setup_commands"):
             commands += taken.get(key) or []
             sources += [f"{key}[{number}]" for number in range(len(taken.get(key) or []))]

@@ -2,8 +2,8 @@
 
 A cloud announces the end of a spot machine on the machine itself: two minutes before it on AWS, half a minute on GCP and
 Azure. `python -m xcloud.cloud.preemption CLOUD` runs on each spot node, asks its metadata service every few seconds and, when the
-notice is there, has Ray drain the node: nothing new is placed there, and regions see it in `draining_nodes`. KubeRay and Ray's
-autoscaler drain in the same way.
+notice is there, has Ray drain the node: nothing new is placed there, and regions see it in `draining_nodes`. Cluster files start
+it on every worker (`auto --spot-only`). Ray's autoscaler, with KubeRay as well, drains only nodes that idle.
 
 Sources: AWS "Spot Instance interruption notices" (IMDSv2), Google Cloud "Spot VMs: preemption process", Azure "Scheduled Events".
 """
@@ -27,14 +27,16 @@ from ray._private import state
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.core.generated import autoscaler_pb2
 
-from xcloud.errors import PlacementError
+from xcloud.cloud.node_types import CLOUD, MARKET
+from xcloud.errors import ConfigError, PlacementError
 
-__all__ = ["CLOUDS", "Notice", "drain", "draining_nodes", "notice", "watch"]
+__all__ = ["CLOUDS", "Notice", "drain", "draining_nodes", "notice", "watch", "watched"]
 
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 TIMEOUT_S = 2.0
+AUTO = "auto"
 GRACE_S = {"aws": 120.0, "gcp": 30.0, "azure": 30.0}
 
 
@@ -161,10 +163,33 @@ def watch(
         time.sleep(poll_s)
 
 
+def watched(cloud: str, labels: Mapping[str, str], spot_only: bool) -> str | None:
+    """Whose metadata service to ask on a node with these labels; None: nobody takes it away.
+
+    Args:
+        cloud: one of `CLOUDS`; `auto`: the node's label `cloud`.
+        spot_only: leave a node alone whose label `ray.io/market-type` is not `spot`.
+
+    Raises:
+        ConfigError: `auto`, and the label names none of `CLOUDS`.
+    """
+    if spot_only and labels.get(MARKET) != "spot":
+        return None
+    found = labels.get(CLOUD, "") if cloud == AUTO else cloud
+    if found not in CLOUDS:
+        raise ConfigError(
+            f"label {CLOUD} of this node is {found!r}; expected one of {', '.join(sorted(CLOUDS))}"
+        )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Watch this node, and drain it when its cloud says so."""
     parser = argparse.ArgumentParser(prog="python -m xcloud.cloud.preemption", description=main.__doc__)
-    parser.add_argument("cloud", choices=sorted(CLOUDS))
+    parser.add_argument("cloud", choices=[AUTO, *sorted(CLOUDS)], help="auto: by the node's label cloud")
+    parser.add_argument(
+        "--spot-only", action="store_true", help=f"end at once where the node's label {MARKET} is not spot"
+    )
     parser.add_argument("--metadata-url", help="base URL of the metadata service; default: the cloud's own")
     parser.add_argument("--poll-s", type=float, default=POLL_S)
     options = parser.parse_args(arguments)
@@ -172,6 +197,12 @@ def main(arguments: list[str] | None = None) -> None:
     ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), logging_level=logging.ERROR, log_to_driver=False)
     context = ray.get_runtime_context()
     node, address = context.get_node_id(), context.gcs_address
+    labels = next(one["Labels"] for one in ray.nodes() if one["NodeID"] == node)
+    cloud = watched(options.cloud, labels, options.spot_only)
+    if cloud is None:
+        log.info("node %s: %s is %s; nothing to watch", node, MARKET, labels.get(MARKET, "not there"))
+        return
+    log.info("node %s: asking %s for notices", node, cloud)
 
     def found(told: Notice) -> None:
         log.info("%s; draining node %s", told.reason, node)
@@ -185,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
                 log.warning("not drained yet: %s; trying on", error)
                 time.sleep(options.poll_s)
 
-    watch(options.cloud, found, options.metadata_url, options.poll_s)
+    watch(cloud, found, options.metadata_url, options.poll_s)
 
 
 if __name__ == "__main__":
