@@ -357,7 +357,7 @@ def test_what_a_failed_launch_made_counts(clock: Clock) -> None:
         return create(node_config, tags, count)
 
     CLOUDS["aws"].create_node = unlimited  # type: ignore[method-assign]
-    told = r"spot: RuntimeError: quota exceeded \(4 of 5 launched\); launched 1 x on_demand instead"
+    told = r"spot: RuntimeError: quota exceeded \(4 of 5 launched\);.* launched 1 x on_demand instead"
     with pytest.raises(NodeLaunchException, match=told):
         launch(provider, "spot", 5)
     assert types_of(provider) == ["on_demand", *["spot"] * 4]
@@ -404,7 +404,7 @@ def test_a_launch_without_an_answer_counts_until_it_ends() -> None:
     provider = started(launch_timeout_s=0.1, clouds={"aws": paper("aws", max_workers=3), "gcp": paper("gcp")})
     aws, cloud = CLOUDS["aws"], provider.clouds["aws"]
     aws.hangs["create"] = threading.Event()
-    with pytest.raises(NodeLaunchException, match="spot: it did not launch within 0.1 s"):
+    with pytest.raises(NodeLaunchException, match=r"spot: it did not launch within 0\.1 s"):
         launch(provider, "spot", 3)
     for _ in range(3):
         assert types_of(provider) == []
@@ -535,12 +535,12 @@ def test_a_cloud_that_does_not_terminate_does_not_keep_the_others(
 
 def test_a_cloud_that_hangs_does_not_keep_the_others_nodes(clock: Clock) -> None:
     """Ray terminates and hands out launches in one thread, so a cloud's silence must not hold it for long."""
-    provider = started(answer_timeout_s=0.2)
+    provider = started(answer_timeout_s=0.5)
     launch(provider, "spot", 2)
     launch(provider, "gcp")
     aws, gcp = CLOUDS["aws"], CLOUDS["gcp"]
     aws.hangs["terminate"] = threading.Event()
-    told = "cloud 'aws': n0 not terminated: it did not terminate within 0.2 s"
+    told = r"cloud 'aws': n0 not terminated: it did not terminate within 0\.5 s"
     with pytest.raises(CloudError, match=told) as raised:
         provider.terminate_nodes(["aws/n0", "gcp/n0"])
     assert "gcp" not in str(raised.value)
@@ -561,13 +561,15 @@ def test_a_cloud_that_hangs_does_not_keep_the_others_nodes(clock: Clock) -> None
     assert aws.nodes == {}
 
 
-def test_a_termination_that_never_answers_is_asked_for_again(clock: Clock) -> None:
+def test_a_termination_that_never_answers_is_asked_for_again(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     """After as long as a launch may take; a hung connection must not keep a machine that costs."""
-    provider = started(answer_timeout_s=0.1, launch_timeout_s=60.0)
+    provider = started(answer_timeout_s=0.5, launch_timeout_s=60.0)
     launch(provider, "spot")
     aws = CLOUDS["aws"]
     first = aws.hangs["terminate"] = threading.Event()
-    with pytest.raises(CloudError, match="it did not terminate within 0.1 s"):
+    with pytest.raises(CloudError, match=r"it did not terminate within 0\.5 s"):
         provider.terminate_node("aws/n0")
     del aws.hangs["terminate"]
     clock.now += 59
@@ -577,6 +579,10 @@ def test_a_termination_that_never_answers_is_asked_for_again(clock: Clock) -> No
     provider.terminate_node("aws/n0")
     assert aws.nodes == {}
     first.set()
+    for thread in threading.enumerate():
+        if thread.name == "cloud aws: terminate":
+            thread.join()
+    assert "cloud aws: terminate failed after its time limit: KeyError: 'n0'" in caplog.text
 
 
 def test_a_cloud_that_refuses_to_terminate_is_asked_less_and_less(
@@ -605,20 +611,20 @@ def test_a_node_that_nobody_knows_does_not_keep_the_others(clock: Clock) -> None
 
 
 def test_taking_down_does_not_wait_for_a_cloud_that_hangs(clock: Clock) -> None:
-    provider = started(answer_timeout_s=0.1)
+    provider = started(answer_timeout_s=0.5)
     launch(provider, "spot")
     CLOUDS["gcp"].hangs["list"] = threading.Event()
     workers = {TAG_RAY_NODE_KIND: "worker"}
     assert provider.nodes_for_teardown(workers) == ["aws/n0"]
     provider.terminate_nodes(["aws/n0"])
-    with pytest.raises(CloudError, match="cloud 'gcp': no answer .* it did not list its nodes within"):
+    with pytest.raises(CloudError, match=r"cloud 'gcp': no answer .* it did not list its nodes within"):
         provider.nodes_for_teardown(workers)
     CLOUDS["gcp"].hangs["list"].set()
 
 
 def test_taking_down_waits_longer_than_the_autoscaler_may(clock: Clock) -> None:
     """`ray down` asks once, and its process ends with the answer; there are no launches to hold up."""
-    provider = started(answer_timeout_s=0.1)
+    provider = started(answer_timeout_s=0.5)
     launch(provider, "spot")
     aws = CLOUDS["aws"]
     aws.hangs["terminate"] = threading.Event()
@@ -631,7 +637,7 @@ def test_taking_down_waits_longer_than_the_autoscaler_may(clock: Clock) -> None:
 
     thread = threading.Thread(target=down)
     thread.start()
-    assert not ended.wait(0.5)
+    assert not ended.wait(1.0)
     aws.hangs["terminate"].set()
     assert ended.wait(30)
     thread.join()

@@ -188,7 +188,9 @@ class MemberCloud:
         def work() -> dict[str, Any] | None:
             try:
                 made: dict[str, Any] | None = getattr(self.provider, create)(node_config, tags, count, *rest)
-                with self._lock:  # told of from now on, even if the next listing fails: Ray must see it before it joins
+                with (
+                    self._lock
+                ):  # told of from now on, even if the next listing fails: Ray must see it before it joins
                     self._new[reservation] = {node: Seen(dict(tags), running=False) for node in made or ()}
                     self.nodes = {**self._new[reservation], **self.nodes}
                     self._booked.update(made or ())
