@@ -19,7 +19,8 @@ class PaperCloud(NodeProvider):
     """Attributes:
     capacity: nodes that it still has.
     broken: raised by every call while it is set.
-    hangs: while set, listing waits for it.
+    quota: nodes that it makes, one by one, before it raises in the middle of a launch; None: no end.
+    hangs: by call: while it stands there, the call waits for it, before it does anything.
     calls: names of the calls that it was asked for.
     """
 
@@ -30,20 +31,21 @@ class PaperCloud(NodeProvider):
         self.configs: dict[str, dict[str, Any]] = {}
         self.capacity: dict[str, int] = {}
         self.broken: Exception | None = None
-        self.hangs: threading.Event | None = None
+        self.quota: int | None = None
+        self.hangs: dict[str, threading.Event] = {}
         self.calls: list[str] = []
         self.runners: list[dict[str, Any]] = []
         CLOUDS[self.name] = self
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
+        if name in self.hangs:
+            self.hangs[name].wait(30)
         if self.broken is not None:
             raise self.broken
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         self._call("list")
-        if self.hangs is not None:
-            self.hangs.wait()
         return [node for node, tags in self.nodes.items() if tag_filters.items() <= tags.items()]
 
     def is_running(self, node_id: str) -> bool:
@@ -72,10 +74,15 @@ class PaperCloud(NodeProvider):
         left = self.capacity.get(kind, 100)
         if not left:
             raise RuntimeError("InsufficientInstanceCapacity")
-        made = [f"n{len(self.configs) + i}" for i in range(min(left, count))]
+        most = min(left, count) if self.quota is None else min(left, count, self.quota)
+        made = [f"n{len(self.configs) + i}" for i in range(most)]
         self.capacity[kind] = left - len(made)
         self.nodes |= {node: dict(tags) for node in made}
         self.configs |= dict.fromkeys(made, node_config)
+        if self.quota is not None:
+            self.quota -= len(made)
+            if len(made) < count:  # as Ray's provider for Google Cloud: what it made before stays
+                raise RuntimeError("quota exceeded")
         return {node: {"made": True} for node in made}
 
     def terminate_node(self, node_id: str) -> None:

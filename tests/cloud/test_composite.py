@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +200,11 @@ def test_a_cloud_that_is_down_is_asked_less_and_less(provider: CompositeNodeProv
 
 def test_a_cloud_that_hangs_is_not_waited_for() -> None:
     provider = started(answer_timeout_s=0.2)
-    CLOUDS["gcp"].hangs = threading.Event()
+    CLOUDS["gcp"].hangs["list"] = threading.Event()
     launch(provider, "spot")
     assert types_of(provider) == ["spot"]
     assert provider.clouds["gcp"].api.reason == "it did not list its nodes within 0.2 s"
-    CLOUDS["gcp"].hangs.set()
+    CLOUDS["gcp"].hangs["list"].set()
 
 
 def test_a_provider_that_does_not_start_is_tried_again(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -344,6 +344,147 @@ def test_fallback_goes_on_where_the_first_substitute_is_full_too(clock: Clock) -
     assert provider._state()["refused"].keys() == {"spot"}
 
 
+def test_what_a_failed_launch_made_counts(clock: Clock) -> None:
+    """Four of five are made before the quota ends: a fifth node fills the cap, and five more would pass it."""
+    clouds = {"aws": paper("aws", max_workers=5, budget_usd_per_hour=20.0), "gcp": paper("gcp")}
+    provider = started([IN_AWS], clouds=clouds)
+    CLOUDS["aws"].quota = 4
+    create = CLOUDS["aws"].create_node
+
+    def unlimited(node_config: Any, tags: dict[str, str], count: int) -> Any:
+        if tags[TAG_RAY_USER_NODE_TYPE] == "on_demand":
+            CLOUDS["aws"].quota = None  # the quota is the spot market's
+        return create(node_config, tags, count)
+
+    CLOUDS["aws"].create_node = unlimited  # type: ignore[method-assign]
+    told = r"spot: RuntimeError: quota exceeded \(4 of 5 launched\);.* launched 1 x on_demand instead"
+    with pytest.raises(NodeLaunchException, match=told):
+        launch(provider, "spot", 5)
+    assert types_of(provider) == ["on_demand", *["spot"] * 4]
+    assert provider.clouds["aws"].usage().workers == {"spot": 4, "on_demand": 1}
+
+
+def test_launches_that_fail_side_by_side_count_each_node_once(clock: Clock) -> None:
+    """Ray splits one request into several launches; what one of them made is not taken for the other's."""
+    provider = started([ANY])
+    CLOUDS["aws"].quota = 3
+    with pytest.raises(NodeLaunchException, match=r"\(3 of 4 launched\); launched 1 x gcp instead"):
+        launch(provider, "spot", 4)
+    clock.now += 10
+    with pytest.raises(NodeLaunchException, match=r"quota exceeded; launched 2 x gcp instead"):
+        launch(provider, "spot", 2)
+    assert types_of(provider) == [*["gcp"] * 3, *["spot"] * 3]
+
+
+def test_a_failed_launch_counts_until_its_cloud_is_heard_of(clock: Clock) -> None:
+    """The API goes away in the middle of a launch: what it made cannot be seen, so all of it may be there."""
+    provider = started([IN_AWS], clouds={"aws": paper("aws", max_workers=5), "gcp": paper("gcp")})
+    aws = CLOUDS["aws"]
+    aws.quota = 4
+    create = aws.create_node
+
+    def then_silent(*given: Any) -> Any:
+        try:
+            return create(*given)
+        finally:
+            aws.broken = ConnectionError("no route")
+
+    aws.create_node = then_silent  # type: ignore[method-assign]
+    with pytest.raises(NodeLaunchException, match="on_demand: cloud aws is down: ConnectionError"):
+        launch(provider, "spot", 5)
+    assert provider.clouds["aws"].usage().workers == {"spot": 5}
+    aws.broken = None
+    clock.now += 10
+    assert types_of(provider).count("spot") == 4
+    assert provider.clouds["aws"].usage().workers == {"spot": 4}
+
+
+def test_a_launch_without_an_answer_counts_until_it_ends() -> None:
+    """The listings in between do not have its nodes yet, and must not be taken for proof that there are none."""
+    provider = started(launch_timeout_s=0.1, clouds={"aws": paper("aws", max_workers=3), "gcp": paper("gcp")})
+    aws, cloud = CLOUDS["aws"], provider.clouds["aws"]
+    aws.hangs["create"] = threading.Event()
+    with pytest.raises(NodeLaunchException, match=r"spot: it did not launch within 0\.1 s"):
+        launch(provider, "spot", 3)
+    for _ in range(3):
+        assert types_of(provider) == []
+        assert cloud.usage().workers == {"spot": 3}
+    with pytest.raises(NodeLaunchException, match="on_demand: max_workers 3 of the cloud"):
+        launch(provider, "on_demand")
+    aws.hangs["create"].set()
+    for thread in threading.enumerate():
+        if thread.name == "cloud aws: launch":
+            thread.join()
+    assert types_of(provider) == ["spot"] * 3
+    assert cloud.usage().workers == {"spot": 3}
+    provider.terminate_node("aws/n0")
+    provider.non_terminated_nodes({})
+    assert cloud.usage().workers == {"spot": 2}
+
+
+class Once:
+    """Does something at the first call, and nothing at those that come of it or follow."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self.done = False
+
+    def __call__(self) -> None:
+        if not self.done:
+            self.done = True
+            self._work()
+
+
+class Between:
+    """A lock; something happens each time that it has been released."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._happens = happens
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        self._happens()
+
+
+def test_usage_is_one_snapshot(provider: CompositeNodeProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing that lands whenever it can does not hide a launch that it replaces."""
+    cloud = provider.clouds["aws"]
+    launch(provider, "spot", 2)
+    monkeypatch.setattr(cloud, "_lock", Between(refresh := Once(lambda: cloud.refresh(1000.0))))
+    assert cloud.usage().workers == {"spot": 2}
+    assert refresh.done
+    assert cloud.usage().workers == {"spot": 2}
+
+
+def test_an_old_listing_does_not_undo_a_newer_one(provider: CompositeNodeProvider) -> None:
+    """Ray's own listing may be under way while a failed launch asks for one."""
+    cloud, aws = provider.clouds["aws"], CLOUDS["aws"]
+    old_reads, old_ends = threading.Event(), threading.Event()
+    listed = cloud._list
+
+    def slow() -> Any:
+        found = listed()
+        old_reads.set()
+        old_ends.wait(30)
+        return found
+
+    cloud._list = slow  # type: ignore[method-assign]
+    thread = threading.Thread(target=cloud.refresh, args=(1000.0,))
+    thread.start()
+    assert old_reads.wait(30)
+    cloud._list = listed  # type: ignore[method-assign]
+    launch(provider, "spot")
+    cloud.refresh(1000.0)
+    old_ends.set()
+    thread.join()
+    assert list(cloud.nodes) == list(aws.nodes) == ["n0"]
+    assert cloud.usage().workers == {"spot": 1}
+
+
 def test_a_cloud_that_is_down_falls_back_to_the_other(clock: Clock) -> None:
     provider = started([ANY])
     CLOUDS["aws"].broken = ConnectionError("no route")
@@ -390,6 +531,117 @@ def test_a_cloud_that_does_not_terminate_does_not_keep_the_others(
     with pytest.raises(CloudError, match="cloud 'aws': n0 not terminated: ConnectionError: no route"):
         provider.terminate_nodes(["aws/n0", "gcp/n0"])
     assert CLOUDS["gcp"].nodes == {}
+
+
+def test_a_cloud_that_hangs_does_not_keep_the_others_nodes(clock: Clock) -> None:
+    """Ray terminates and hands out launches in one thread, so a cloud's silence must not hold it for long."""
+    provider = started(answer_timeout_s=0.5)
+    launch(provider, "spot", 2)
+    launch(provider, "gcp")
+    aws, gcp = CLOUDS["aws"], CLOUDS["gcp"]
+    aws.hangs["terminate"] = threading.Event()
+    told = r"cloud 'aws': n0 not terminated: it did not terminate within 0\.5 s"
+    with pytest.raises(CloudError, match=told) as raised:
+        provider.terminate_nodes(["aws/n0", "gcp/n0"])
+    assert "gcp" not in str(raised.value)
+    assert gcp.nodes == {}
+    launch(provider, "gcp")
+    for _ in range(10):  # Ray tries again every few seconds; the first try is still under way
+        with pytest.raises(CloudError, match="n0 not terminated: asked for, and no answer yet"):
+            provider.terminate_nodes(["aws/n0", "gcp/n1"] if "n1" in gcp.nodes else ["aws/n0"])
+    assert gcp.nodes == {}
+    with pytest.raises(CloudError, match=r"n1 not terminated: it did not terminate .*; next try in 10 s"):
+        provider.terminate_nodes(["aws/n1"])
+    assert aws.calls.count("terminate") == 1
+    aws.hangs["terminate"].set()
+    for thread in threading.enumerate():
+        if thread.name == "cloud aws: terminate":
+            thread.join()
+    provider.terminate_nodes(["aws/n1"])
+    assert aws.nodes == {}
+
+
+def test_a_termination_that_never_answers_is_asked_for_again(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After as long as a launch may take; a hung connection must not keep a machine that costs."""
+    provider = started(answer_timeout_s=0.5, launch_timeout_s=60.0)
+    launch(provider, "spot")
+    aws = CLOUDS["aws"]
+    first = aws.hangs["terminate"] = threading.Event()
+    with pytest.raises(CloudError, match=r"it did not terminate within 0\.5 s"):
+        provider.terminate_node("aws/n0")
+    del aws.hangs["terminate"]
+    clock.now += 59
+    with pytest.raises(CloudError, match="asked for, and no answer yet"):
+        provider.terminate_node("aws/n0")
+    clock.now += 1
+    provider.terminate_node("aws/n0")
+    assert aws.nodes == {}
+    first.set()
+    for thread in threading.enumerate():
+        if thread.name == "cloud aws: terminate":
+            thread.join()
+    assert "cloud aws: terminate failed after its time limit: KeyError: 'n0'" in caplog.text
+
+
+def test_a_cloud_that_refuses_to_terminate_is_asked_less_and_less(
+    provider: CompositeNodeProvider, clock: Clock
+) -> None:
+    launch(provider, "spot")
+    CLOUDS["aws"].broken = ConnectionError("no route")
+    CLOUDS["aws"].calls.clear()
+    for _ in range(60):
+        with pytest.raises(CloudError, match="n0 not terminated: ConnectionError: no route"):
+            provider.terminate_node("aws/n0")
+        clock.now += 2
+    assert CLOUDS["aws"].calls.count("terminate") == 4  # at 0, 10, 30 and 70 s
+    CLOUDS["aws"].broken = None
+    clock.now += 300
+    provider.terminate_node("aws/n0")
+    assert CLOUDS["aws"].nodes == {}
+
+
+def test_a_node_that_nobody_knows_does_not_keep_the_others(clock: Clock) -> None:
+    provider = started(clouds={"aws": paper("aws", qualify_ids=False), "gcp": paper("gcp")})
+    launch(provider, "gcp")
+    with pytest.raises(CloudError, match="node 'n7' is in none of"):
+        provider.terminate_nodes(["n7", "gcp/n0"])
+    assert CLOUDS["gcp"].nodes == {}
+
+
+def test_taking_down_does_not_wait_for_a_cloud_that_hangs(clock: Clock) -> None:
+    provider = started(answer_timeout_s=0.5)
+    launch(provider, "spot")
+    CLOUDS["gcp"].hangs["list"] = threading.Event()
+    workers = {TAG_RAY_NODE_KIND: "worker"}
+    assert provider.nodes_for_teardown(workers) == ["aws/n0"]
+    provider.terminate_nodes(["aws/n0"])
+    with pytest.raises(CloudError, match=r"cloud 'gcp': no answer .* it did not list its nodes within"):
+        provider.nodes_for_teardown(workers)
+    CLOUDS["gcp"].hangs["list"].set()
+
+
+def test_taking_down_waits_longer_than_the_autoscaler_may(clock: Clock) -> None:
+    """`ray down` asks once, and its process ends with the answer; there are no launches to hold up."""
+    provider = started(answer_timeout_s=0.5)
+    launch(provider, "spot")
+    aws = CLOUDS["aws"]
+    aws.hangs["terminate"] = threading.Event()
+    assert provider.nodes_for_teardown({TAG_RAY_NODE_KIND: "worker"}) == ["aws/n0"]
+    ended = threading.Event()
+
+    def down() -> None:
+        provider.terminate_nodes(["aws/n0"])
+        ended.set()
+
+    thread = threading.Thread(target=down)
+    thread.start()
+    assert not ended.wait(1.0)
+    aws.hangs["terminate"].set()
+    assert ended.wait(30)
+    thread.join()
+    assert aws.nodes == {}
 
 
 def test_teardown_takes_down_what_it_reaches_and_then_says_what_it_does_not(

@@ -77,8 +77,9 @@ class CloudsConfig(BaseModel):
             nothing but `provider`.
         retry_first_s: pause after a first failure, of a cloud's API or of a node type's launch; it doubles.
         retry_most_s: longest pause.
-        answer_timeout_s: how long a cloud may take to list its nodes before its last answer is used again.
-        launch_timeout_s: how long it may take to launch.
+        answer_timeout_s: how long a cloud may take to list its nodes before its last answer is used again, and to
+            terminate some before Ray goes on.
+        launch_timeout_s: how long it may take to launch; for a termination, until it is asked for again.
         gcs_address: of the cluster; null: what Ray's monitor was started with.
     """
 

@@ -53,6 +53,7 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
         self._lock = threading.RLock()
         self._listed = threading.Condition()
         self._listings = 0
+        self._taken_down = False
         self._published: dict[str, Any] | None = None
         self._gcs: Gcs | None = None
 
@@ -94,16 +95,17 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
         Raises:
             CloudError: names the clouds that did not answer, whose nodes may still run and cost.
         """
+        self._taken_down = True
         found: list[str] = []
         left = False
         silent: dict[str, str] = {}
         for cloud in self.clouds.values():
             try:
-                every = cloud.provider.nodes_for_teardown({})
-                found += map(cloud.qualified, cloud.provider.nodes_for_teardown(tag_filters))
-            except Exception as error:  # noqa: BLE001 - any cloud's library; told below
-                silent[cloud.name] = error.what if isinstance(error, CloudError) else said(error)
+                every, matching = cloud.for_teardown(tag_filters)
+            except CloudError as error:
+                silent[cloud.name] = error.what
                 continue
+            found += map(cloud.qualified, matching)
             left = left or bool(every)
             with self._lock:
                 self._owners.update(dict.fromkeys(map(cloud.qualified, every), cloud.name))
@@ -189,28 +191,41 @@ class CompositeNodeProvider(NodeProvider):  # type: ignore[misc]  # ray is untyp
         return self.terminate_nodes([node_id])
 
     def terminate_nodes(self, node_ids: list[str]) -> dict[str, Any] | None:
-        """End nodes, cloud by cloud; one that fails does not keep the others' nodes alive.
+        """End nodes, in all clouds at once; one that fails or hangs does not keep the others' nodes alive.
+
+        Ray tries all of them again after an error: those that are gone it finds gone when it lists.
 
         Raises:
             CloudError: names the clouds whose nodes may still run.
         """
         own: dict[str, list[str]] = {}
+        failed: dict[str, CloudError] = {}
         for node in node_ids:
-            cloud, raw = self._route(node)
-            own.setdefault(cloud.name, []).append(raw)
-        out: dict[str, Any] = {}
-        failed: list[CloudError] = []
-        for name, nodes in own.items():
             try:
-                provider = self.clouds[name].provider
-                most = provider.max_terminate_nodes or len(nodes)
-                for at in range(0, len(nodes), most):
-                    ended = provider.terminate_nodes(nodes[at : at + most])
-                    out |= {self.clouds[name].qualified(node): facts for node, facts in (ended or {}).items()}
-            except Exception as error:  # noqa: BLE001 - any cloud's library; told below
-                failed.append(CloudError(name, f"{', '.join(nodes)} not terminated: {said(error)}"))
+                cloud, raw = self._route(node)
+            except CloudError as error:
+                failed[node] = error
+            else:
+                own.setdefault(cloud.name, []).append(raw)
+        out: dict[str, Any] = {}
+        now = time.monotonic()
+
+        def end(cloud: MemberCloud) -> None:
+            try:
+                ended = cloud.terminate(own[cloud.name], now, last_call=self._taken_down)
+            except CloudError as error:
+                failed[cloud.name] = error
+            else:
+                out.update({cloud.qualified(node): facts for node, facts in ended.items()})
+
+        threads = [threading.Thread(target=end, args=(self.clouds[name],), daemon=True) for name in own]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         if failed:
-            raise CloudError(", ".join(own), "; ".join(str(error) for error in failed)) from failed[0]
+            first, *others = failed.values()
+            raise first if not others else CloudError(", ".join(failed), "; ".join(map(str, failed.values())))
         return out or None
 
     def cleanup_cluster_resources(self) -> None:

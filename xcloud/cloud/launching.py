@@ -129,7 +129,7 @@ class Launcher:
         resources: dict[str, float],
         labels: dict[str, str],
     ) -> int:
-        """Launch up to `count` nodes of one type; returns how many, and notes why not all."""
+        """Launch up to `count` nodes of one type; returns how many are there, and notes why not all."""
         cloud = self._clouds[wanted.cloud]
         now = time.monotonic()
         backoff = self._backoff[wanted.name]
@@ -152,9 +152,15 @@ class Launcher:
             answer = cloud.launch(reservation, own_config(node_config), tags, room.nodes, resources, labels)
         except CloudError as error:
             wait = backoff.fail(error.what, time.monotonic())
-            launch.reasons.append(f"{wanted.name}: {error.what}")
-            log.warning("%s in cloud %s: %s; next try in %.0f s", wanted.name, cloud.name, error.what, wait)
-            return 0
+            made = cloud.made_by_failed(tags, room.nodes, time.monotonic())
+            partly = f" ({len(made)} of {room.nodes} launched)" if made else ""
+            launch.made |= {cloud.qualified(node): {} for node in made}
+            launch.missing -= len(made)
+            launch.reasons.append(f"{wanted.name}: {error.what}{partly}")
+            log.warning(
+                "%s in cloud %s: %s%s; next try in %.0f s", wanted.name, cloud.name, error.what, partly, wait
+            )
+            return len(made)
         launched = room.nodes if answer is None else min(room.nodes, len(answer))
         launch.made |= {cloud.qualified(node): facts for node, facts in (answer or {}).items()}
         launch.missing -= launched
