@@ -181,7 +181,7 @@ def test_no_second_is_left_out_and_set_up_is_in_no_round_s_cost(tmp_path: Path) 
     clock = Clock()
     biller = Biller(aws(pool()), tmp_path, clock)
     clock.now += 360  # set-up
-    biller.began()
+    biller.apart()
     clock.now += 36
     first = biller.round({}, {})
     clock.now += 72  # a round, after the checkpoint of the one before
@@ -221,9 +221,9 @@ def test_what_was_spent_on_lost_rounds_was_spent(tmp_path: Path) -> None:
 def test_the_budget_counts_what_the_next_round_may_cost(tmp_path: Path) -> None:
     clock = Clock()
     biller = Biller(aws(pool(), cost={"budget_usd": 55.04}), tmp_path, clock)  # one hour
-    biller.began()
+    biller.apart()
     for _ in range(3):
-        assert not biller.exhausted
+        assert not biller.exhausted()
         clock.now += 1100
         biller.round({}, {})
-    assert biller.exhausted  # 3300 + 1100 seconds are more than an hour
+    assert biller.exhausted()  # 3300 + 1100 seconds are more than an hour
