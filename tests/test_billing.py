@@ -227,3 +227,52 @@ def test_the_budget_counts_what_the_next_round_may_cost(tmp_path: Path) -> None:
         clock.now += 1100
         biller.round({}, {})
     assert biller.exhausted()  # 3300 + 1100 seconds are more than an hour
+
+
+def test_a_note_books_nothing_and_is_not_written_too_often(tmp_path: Path) -> None:
+    clock = Clock()
+    biller = Biller(aws(pool()), tmp_path, clock)
+    clock.now += 30
+    biller.note(60)
+    assert Spent.kept(tmp_path) is None
+    clock.now += 30
+    biller.note(60)
+    noted = Spent.kept(tmp_path)
+    assert noted is not None
+    assert (noted.seconds, biller.spent.seconds) == (60, 0)
+    row = biller.round({}, {})
+    assert row is not None
+    assert (row.seconds, biller.spent.seconds) == (60, 60)
+
+
+def test_a_wait_and_a_lost_round_are_in_no_round_s_cost(tmp_path: Path) -> None:
+    clock = Clock()
+    biller = Biller(aws(pool()), tmp_path, clock)
+    hourly = 55.04
+    clock.now += 3600
+    biller.apart()  # of a round nothing is kept
+    clock.now += 1800
+    with biller.waiting():
+        clock.now += 7200
+    clock.now += 1800
+    row = biller.round({}, {})
+    assert row is not None
+    assert row.usd == pytest.approx(4 * hourly)
+    assert biller.spent.recent == pytest.approx((hourly,))
+
+
+def test_an_update_that_is_still_to_be_merged_counts_both_ways(tmp_path: Path) -> None:
+    regions = [("us-east-1", "aws", [pool()]), ("us-west-2", "aws", [pool()])]
+    clock, gb = Clock(), 10**9
+    job = job_of(*regions, cost={"budget_usd": 1000})
+    biller = Biller(job, tmp_path, clock)
+    usd = biller._unbooked(biller._routes({"us-west-2": gb}, {"us-west-2": 4 * gb}, 0, ())).usd
+    assert usd > 0
+
+    def with_budget(factor: float) -> Biller:
+        return Biller(job_of(*regions, cost={"budget_usd": factor * usd}), tmp_path, clock)
+
+    up = {"us-west-2": gb}
+    assert not with_budget(1.9).exhausted()  # nothing is known of a first round
+    assert with_budget(1.9).exhausted(up, 4 * gb)  # it, and one more like it
+    assert not with_budget(2.1).exhausted(up, 4 * gb)
