@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from xcloud.billing import Biller, tariff
+from xcloud.billing import Biller, elsewhere, tariff
 from xcloud.config import JobConfig
 from xcloud.cost.bill import Spent, routes_of
 from xcloud.errors import ConfigError
@@ -276,3 +276,20 @@ def test_an_update_that_is_still_to_be_merged_counts_both_ways(tmp_path: Path) -
     assert not with_budget(1.9).exhausted()  # nothing is known of a first round
     assert with_budget(1.9).exhausted(up, 4 * gb)  # it, and one more like it
     assert not with_budget(2.1).exhausted(up, 4 * gb)
+
+
+@pytest.mark.parametrize(
+    ("labels", "place"),
+    [
+        ({}, None),
+        ({"cloud": "aws"}, None),
+        ({"cloud": "aws", "ray.io/region": "us-east-1"}, None),
+        ({"ray.io/region": "us-west-2"}, "aws/us-west-2"),
+        ({"cloud": "gcp", "ray.io/region": "europe-west4"}, "gcp/europe-west4"),
+    ],
+)
+def test_a_driver_that_is_not_at_the_hub_is_seen_by_its_node_s_labels(
+    labels: dict[str, str], place: str | None
+) -> None:
+    found = elsewhere(Place("aws", "us-east-1"), labels)
+    assert place == (None if found is None else str(found))

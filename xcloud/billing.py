@@ -12,18 +12,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from xcloud.cloud.node_types import CLOUD, REGION
 from xcloud.config import JobConfig, PoolConfig, RegionConfig
 from xcloud.cost.bill import CostRow, Holding, Route, Spent, bill, cloud_hubs, nodes_of, routes_of
 from xcloud.cost.settings import CostConfig
 from xcloud.errors import ConfigError
 from xcloud.prices import Place, PriceBook, load_prices
 
-__all__ = ["Biller", "Tariff", "machines_of", "place_of", "price_file", "tariff"]
+__all__ = ["Biller", "Tariff", "elsewhere", "machines_of", "place_of", "price_file", "tariff"]
 
 
 def place_of(region: RegionConfig) -> Place:
     """Where a region lies."""
     return Place(region.cloud, region.location or region.name)
+
+
+def elsewhere(hub: Place, labels: Mapping[str, str]) -> Place | None:
+    """Where the driver is, if its node's labels say another place than the hub's; what they do not say is taken to be right."""
+    here = Place(labels.get(CLOUD, hub.cloud), labels.get(REGION, hub.location))
+    return here if here != hub else None
 
 
 def price_file(job: JobConfig) -> Path | None:
