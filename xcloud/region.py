@@ -10,6 +10,7 @@ when one of them fails, the region fails, and it is restarted as a whole from a 
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 import socket
@@ -76,6 +77,8 @@ from xcloud.transport.calls import gather
 from xcloud.update import adds_up, room
 
 __all__ = ["Region", "group_name"]
+
+log = logging.getLogger(__name__)
 
 WATCH_S = 1.0
 """Between two looks at the nodes that are about to go."""
@@ -304,8 +307,11 @@ class Region:
         """Have the pools end their round as soon as one of their nodes is about to go."""
         while not self.leaving:
             time.sleep(WATCH_S)
-            gone = draining_nodes()
-            self.leaving = any(gone.keys() & nodes_of(pool.group) for pool in self.pools)
+            try:
+                gone = draining_nodes()
+                self.leaving = any(gone.keys() & nodes_of(pool.group) for pool in self.pools)
+            except Exception as error:  # noqa: BLE001 - whatever ails Ray for a moment: the next look may tell
+                log.warning("region %s cannot see which nodes are about to go: %s", self.name, error)
         # A pool whose machines stay ends its round, too: the region moves as a whole.
         for pool in self.pools:
             pool.tell("halt")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from xcloud.errors import ConfigError, PlacementError
@@ -151,15 +152,15 @@ class JobService:
         Raises:
             PlacementError: there is no such job, or the cluster does not come back.
         """
-        seen, failures = 0, 0
+        told, failures = _Told(tell), 0
         while True:
             try:
-                seen = asyncio.run(self._tail(job_id, seen, tell))
+                asyncio.run(self._tail(job_id, told))
                 info = self._info(job_id)
                 if info.status in ENDED:
                     return _end_of(info)
                 failures = 0
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, aiohttp.ClientError) as error:
                 failures += 1
                 if failures > RECONNECTS:
                     raise PlacementError(
@@ -168,19 +169,16 @@ class JobService:
                     ) from None
             time.sleep(POLL_S)
 
-    async def _tail(self, job_id: str, seen: int, tell: Callable[[str], None]) -> int:
-        """Lines after the first `seen`; returns how many there were in all."""
+    async def _tail(self, job_id: str, told: _Told) -> None:
+        """The log from its beginning to its end, or to where the connection breaks."""
         count, rest = 0, ""
         async for chunk in self._client.tail_job_logs(job_id):
             *lines, rest = (rest + chunk).split("\n")
             for line in lines:
+                told.line(count, line)
                 count += 1
-                if count > seen:
-                    tell(line)
-                    seen = count
         if rest and self._info(job_id).status in ENDED:  # a last line without its end
-            tell(rest)
-        return seen
+            told.line(count, rest)
 
     def stop(self, job_id: str, wait: bool = True) -> JobState:
         """Have a job end after its round, with a checkpoint; Ray kills it if that takes longer than an hour.
@@ -231,6 +229,19 @@ class JobService:
                     f"job {job_id}: {self.address} knows no such job; it knows {', '.join(known) or 'none of xcloud'}"
                 ) from None
             raise
+
+
+class _Told:
+    """Hands each line on once, however often the log is read from its beginning."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell, self._seen = tell, 0
+
+    def line(self, number: int, text: str) -> None:
+        """A line, by its number from 0."""
+        if number >= self._seen:
+            self._seen = number + 1
+            self._tell(text)
 
 
 def _state_of(info: Any) -> JobState:

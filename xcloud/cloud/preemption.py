@@ -175,7 +175,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     def found(told: Notice) -> None:
         log.info("%s; draining node %s", told.reason, node)
-        drain(address, node, told)
+        until = time.monotonic() + max(told.seconds, POLL_S)
+        while True:
+            try:
+                return drain(address, node, told)
+            except Exception as error:
+                if time.monotonic() > until:
+                    raise
+                log.warning("not drained yet: %s; trying on", error)
+                time.sleep(options.poll_s)
 
     watch(options.cloud, found, options.metadata_url, options.poll_s)
 
