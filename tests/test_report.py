@@ -20,7 +20,6 @@ from xcloud.cost.settings import CostConfig
 from xcloud.messages import Progress
 from xcloud.metrics import Event, PrivacyRow, RegionRow, RoundRow, RunLog, read_rounds
 from xcloud.report import (
-    NOTICE_KINDS,
     Board,
     JsonView,
     LiveView,
@@ -40,6 +39,7 @@ from xcloud.report import (
     status_view,
     text_view,
 )
+from xcloud.report.text import NOTICE_KINDS
 
 JOB = """
 name: demo
