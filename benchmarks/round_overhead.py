@@ -147,7 +147,7 @@ def alternate(job: JobConfig, rounds: int) -> tuple[list[list[float]], int]:
             peer = PeerOptions(parameters / 1e6, len(names), rounds)
             plain, tuned = Floor(peer, PlainRegion, PlainAggregator), Floor(peer, Region, Aggregator)
             numbers = itertools.count(1)
-            plays: list[Callable[[], None]] = [
+            plays: list[Callable[[], object]] = [
                 lambda: ours.round(next(numbers), final=False),
                 plain.round,
                 tuned.round,
@@ -164,7 +164,7 @@ def alternate(job: JobConfig, rounds: int) -> tuple[list[list[float]], int]:
             fleet.close()
 
 
-def timed(play: Callable[[], None]) -> float:
+def timed(play: Callable[[], object]) -> float:
     """Seconds that a call takes."""
     began = time.perf_counter()
     play()

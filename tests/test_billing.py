@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from xcloud.billing import Biller, tariff
+from xcloud.billing import Biller, elsewhere, tariff
 from xcloud.config import JobConfig
 from xcloud.cost.bill import Spent, routes_of
 from xcloud.errors import ConfigError
@@ -181,7 +181,7 @@ def test_no_second_is_left_out_and_set_up_is_in_no_round_s_cost(tmp_path: Path) 
     clock = Clock()
     biller = Biller(aws(pool()), tmp_path, clock)
     clock.now += 360  # set-up
-    biller.began()
+    biller.apart()
     clock.now += 36
     first = biller.round({}, {})
     clock.now += 72  # a round, after the checkpoint of the one before
@@ -221,9 +221,75 @@ def test_what_was_spent_on_lost_rounds_was_spent(tmp_path: Path) -> None:
 def test_the_budget_counts_what_the_next_round_may_cost(tmp_path: Path) -> None:
     clock = Clock()
     biller = Biller(aws(pool(), cost={"budget_usd": 55.04}), tmp_path, clock)  # one hour
-    biller.began()
+    biller.apart()
     for _ in range(3):
-        assert not biller.exhausted
+        assert not biller.exhausted()
         clock.now += 1100
         biller.round({}, {})
-    assert biller.exhausted  # 3300 + 1100 seconds are more than an hour
+    assert biller.exhausted()  # 3300 + 1100 seconds are more than an hour
+
+
+def test_a_note_books_nothing_and_is_not_written_too_often(tmp_path: Path) -> None:
+    clock = Clock()
+    biller = Biller(aws(pool()), tmp_path, clock)
+    clock.now += 30
+    biller.note(60)
+    assert Spent.kept(tmp_path) is None
+    clock.now += 30
+    biller.note(60)
+    noted = Spent.kept(tmp_path)
+    assert noted is not None
+    assert (noted.seconds, biller.spent.seconds) == (60, 0)
+    row = biller.round({}, {})
+    assert row is not None
+    assert (row.seconds, biller.spent.seconds) == (60, 60)
+
+
+def test_a_wait_and_a_lost_round_are_in_no_round_s_cost(tmp_path: Path) -> None:
+    clock = Clock()
+    biller = Biller(aws(pool()), tmp_path, clock)
+    hourly = 55.04
+    clock.now += 3600
+    biller.apart()  # of a round nothing is kept
+    clock.now += 1800
+    with biller.waiting():
+        clock.now += 7200
+    clock.now += 1800
+    row = biller.round({}, {})
+    assert row is not None
+    assert row.usd == pytest.approx(4 * hourly)
+    assert biller.spent.recent == pytest.approx((hourly,))
+
+
+def test_an_update_that_is_still_to_be_merged_counts_both_ways(tmp_path: Path) -> None:
+    regions = [("us-east-1", "aws", [pool()]), ("us-west-2", "aws", [pool()])]
+    clock, gb = Clock(), 10**9
+    job = job_of(*regions, cost={"budget_usd": 1000})
+    biller = Biller(job, tmp_path, clock)
+    usd = biller._unbooked(biller._routes({"us-west-2": gb}, {"us-west-2": 4 * gb}, 0, ())).usd
+    assert usd > 0
+
+    def with_budget(factor: float) -> Biller:
+        return Biller(job_of(*regions, cost={"budget_usd": factor * usd}), tmp_path, clock)
+
+    up = {"us-west-2": gb}
+    assert not with_budget(1.9).exhausted()  # nothing is known of a first round
+    assert with_budget(1.9).exhausted(up, 4 * gb)  # it, and one more like it
+    assert not with_budget(2.1).exhausted(up, 4 * gb)
+
+
+@pytest.mark.parametrize(
+    ("labels", "place"),
+    [
+        ({}, None),
+        ({"cloud": "aws"}, None),
+        ({"cloud": "aws", "ray.io/region": "us-east-1"}, None),
+        ({"ray.io/region": "us-west-2"}, "aws/us-west-2"),
+        ({"cloud": "gcp", "ray.io/region": "europe-west4"}, "gcp/europe-west4"),
+    ],
+)
+def test_a_driver_that_is_not_at_the_hub_is_seen_by_its_node_s_labels(
+    labels: dict[str, str], place: str | None
+) -> None:
+    found = elsewhere(Place("aws", "us-east-1"), labels)
+    assert place == (None if found is None else str(found))

@@ -748,3 +748,34 @@ def test_two_regions_are_masked_only_if_that_is_meant() -> None:
 def test_guards_that_cannot_act_are_refused(changes: dict[str, Any], said: str) -> None:
     raw = changed("name", "guarded") | {"guards": {"norm": 4}} | changes
     assert said in error(raw)
+
+
+# -- how machines are bought ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("market", "label", "right"),
+    [
+        ("spot", None, None),
+        ("spot", "spot", None),
+        ("on_demand", "on-demand", None),
+        ("spot", "in(spot,on-demand)", None),
+        ("on_demand", "!spot", None),
+        ("on_demand", "spot", "spot"),
+        ("spot", "on-demand", "on_demand"),
+        ("spot", "!spot", "on_demand"),
+        ("spot", "in(on-demand)", "on_demand"),
+    ],
+)
+def test_a_pool_is_paid_as_its_labels_have_it_bought(
+    market: str, label: str | None, right: str | None
+) -> None:
+    labels = {"cloud": "aws"} | ({"ray.io/market-type": label} if label else {})
+    raw = changed("regions.1.pools.1", {"market": market, "labels": labels})
+    if right is None:
+        assert parse(raw).regions[1].pools[1].market == market
+        return
+    said = error(raw)
+    assert "regions[1].pools[1]" in said
+    assert f"labels.ray.io/market-type is {label!r}, but market is {market}" in said
+    assert f"expected market: {right}" in said

@@ -281,6 +281,41 @@ def test_the_hub_is_where_the_job_says(facts: Facts) -> None:
     ]
 
 
+def test_a_market_is_chosen_with_the_label_that_pins_it(facts: Facts) -> None:
+    """What is paid for and what machines are asked for are one thing; other labels stay as they are."""
+    labels = "{ray.io/region: us-east-1, memory: '80', ray.io/market-type: spot}"
+    pinned = f"regions.0.pools.0={{micro_batch: 4, instance: m7i.xlarge, market: spot, labels: {labels}}}"
+    either = "regions.1.pools.0.labels={ray.io/market-type: 'in(spot,on-demand)'}"
+
+    def again(sets: Sequence[str]) -> JobConfig:
+        return job_of(pinned, either, *sets)
+
+    axes = {axis.name: axis for axis in axes_of(plan_of(again(()), facts, None), again)}
+    found = {choice.label: again(choice.sets) for choice in axes["market"].choices}
+    here = {"ray.io/region": "us-east-1", "memory": "80"}
+    on_demand = found["all on demand"].regions[0].pools[0]
+    assert (on_demand.market, on_demand.labels) == ("on_demand", here | {"ray.io/market-type": "on-demand"})
+    spot = found["all on spot machines"].regions[0].pools[0]
+    assert (spot.market, spot.labels) == ("spot", here | {"ray.io/market-type": "spot"})
+    open_to_both = found["all on spot machines"].regions[1].pools[0]
+    assert (open_to_both.market, open_to_both.labels) == (
+        "spot",
+        {"ray.io/market-type": "in(spot,on-demand)"},
+    )
+
+
+def test_another_hub_says_what_no_setting_does(facts: Facts) -> None:
+    plan = plan_of(job_of(), facts, None)
+    for axis in axes_of(plan, reload):
+        for choice in axis.choices:
+            assert bool(choice.by_hand) == (axis.name == "hub")
+            if choice.by_hand:
+                assert (
+                    f"start it on a machine in {choice.label.removeprefix('aggregate in ')}:"
+                    in choice.by_hand
+                )
+
+
 def test_checkpoints_in_a_store_cost(facts: Facts) -> None:
     plan = plan_of(job_of("checkpoint.url=s3://bucket/run", "checkpoint.keep=3"), facts, None)
     assert plan.scenario.storage_usd == 0.023
@@ -334,6 +369,8 @@ def test_the_command_marks_the_best_for_people(here: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "* best under time=1h" in shown.stdout
     assert "xcloud train job.yaml --set" in shown.stdout
+    best = shown.stdout.split("* best")[1]
+    assert ("cost.hub=" in best) == ("start it on a machine in" in best)
     assert "inner.steps=" not in shown.stdout.split("* best")[1]
     assert "not fetched: check them" in shown.stdout
     none = xcloud("plan", "job.yaml", "--from", "before", "--under", "budget=0.000001")

@@ -39,6 +39,7 @@ from xcloud.report import (
     status_view,
     text_view,
 )
+from xcloud.report.text import NOTICE_KINDS
 
 JOB = """
 name: demo
@@ -617,3 +618,12 @@ def test_rows_from_before_costs_were_booked_are_still_read(tmp_path: Path) -> No
     del old["cost"]
     (tmp_path / "metrics.jsonl").write_text(json.dumps(old) + "\n")
     assert read_rounds(tmp_path)[0].cost is None
+
+
+def test_a_driver_that_is_not_at_the_hub_is_a_notice() -> None:
+    event = Event(0.0, "hub_elsewhere", {"place": "gcp/europe-west4", "hub": "aws/us-east-1"})
+    assert event.kind in NOTICE_KINDS
+    line = event_line(event) or ""
+    assert line.startswith(
+        "egress is billed as if updates met in aws/us-east-1, but the driver runs in gcp/europe-west4"
+    )

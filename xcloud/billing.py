@@ -7,22 +7,30 @@ whenever a round is closed and books the time since it looked last, so that no s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from xcloud.cloud.node_types import CLOUD, REGION
 from xcloud.config import JobConfig, PoolConfig, RegionConfig
 from xcloud.cost.bill import CostRow, Holding, Route, Spent, bill, cloud_hubs, nodes_of, routes_of
 from xcloud.cost.settings import CostConfig
 from xcloud.errors import ConfigError
 from xcloud.prices import Place, PriceBook, load_prices
 
-__all__ = ["Biller", "Tariff", "machines_of", "place_of", "price_file", "tariff"]
+__all__ = ["Biller", "Tariff", "elsewhere", "machines_of", "place_of", "price_file", "tariff"]
 
 
 def place_of(region: RegionConfig) -> Place:
     """Where a region lies."""
     return Place(region.cloud, region.location or region.name)
+
+
+def elsewhere(hub: Place, labels: Mapping[str, str]) -> Place | None:
+    """Where the driver is, if its node's labels say another place than the hub's; what they do not say is taken to be right."""
+    here = Place(labels.get(CLOUD, hub.cloud), labels.get(REGION, hub.location))
+    return here if here != hub else None
 
 
 def price_file(job: JobConfig) -> Path | None:
@@ -193,20 +201,34 @@ class Biller:
         self.job, self.folder, self.clock = job, folder, clock
         self.tariff = tariff(job)
         self.spent = (Spent.kept(folder) if self.tariff is not None else None) or Spent()
-        self._booked = clock()
-        self._setup_usd = 0.0
-
-    def began(self) -> None:
-        """The regions are up: what was spent until now belongs to no round."""
-        if self.tariff is not None:
-            pending = self._bill(self.clock() - self._booked, [])
-            self._setup_usd = pending.usd
+        self._booked = self._noted = clock()
+        self._vain: list[Route] = []
+        """What was sent since the last booking, in rounds that were taken back."""
+        self._apart_usd = 0.0
+        """What of the time and traffic since the last booking belongs to no round."""
+        self._latest: tuple[Mapping[str, int], int, Collection[str]] | None = None
+        """How the last round's merged update travelled: `down`, `relayed_up` and `near` of `routes_of`."""
 
     def resume(self, spent: Spent | None) -> None:
         """Go on from what earlier starts of the run have cost: of commit and run folder the larger, since what was spent
         on rounds that were lost was spent."""
         if spent is not None:
             self.spent = max(self.spent, spent, key=lambda one: (one.usd, one.seconds))
+
+    def apart(self) -> None:
+        """All that was not booked yet belongs to no round: set-up, or a round of which nothing is kept."""
+        if self.tariff is not None:
+            self._apart_usd = self._unbooked().usd
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is spent inside belongs to no round; nothing may be booked meanwhile."""
+        began = self._unbooked().usd if self.tariff is not None else 0.0
+        try:
+            yield
+        finally:
+            if self.tariff is not None:
+                self._apart_usd += self._unbooked().usd - began
 
     def round(
         self,
@@ -218,41 +240,87 @@ class Biller:
         """Book a round, and all time since the last booking; see `cost.bill.routes_of`."""
         if self.tariff is None:
             return None
-        row = self._book(routes_of(self.tariff.places, self.tariff.hub, up, down, relayed_up, near))
-        self.spent = self.spent.plus(row, row.usd - self._setup_usd)
-        self._setup_usd = 0.0
-        self.spent.keep(self.folder)
+        self._latest = down, relayed_up, near
+        row = self._book(self._routes(up, down, relayed_up, near))
+        self.spent = self.spent.plus(row, row.usd - self._apart_usd)
+        self._apart_usd = 0.0
+        self._keep(self.spent)
         return row
 
+    def rejected(
+        self,
+        up: Mapping[str, int],
+        down: Mapping[str, int],
+        relayed_up: int = 0,
+        near: Collection[str] = (),
+    ) -> None:
+        """A round was taken back: what it sent was sent. It is booked with the next round, or at the end."""
+        if self.tariff is not None:
+            self._vain += self._routes(up, down, relayed_up, near)
+            self.apart()
+
     def settle(self) -> Spent | None:
-        """Book the time since the last booking; what the run has cost until now, None: it is not billed."""
+        """Book all that was not booked yet; what the run has cost until now, None: it is not billed."""
         if self.tariff is None:
             return None
         self.spent = self.spent.plus(self._book([]))
-        self.spent.keep(self.folder)
+        self._apart_usd = 0.0
+        self._keep(self.spent)
         return self.spent
+
+    def note(self, at_most_every_s: float = 0.0) -> None:
+        """Write what the run has cost until now into the run folder, unless that was done just now. Nothing is booked;
+        whoever is killed without warning leaves this behind."""
+        if (standing := self.standing) is not None and self.clock() - self._noted >= at_most_every_s:
+            self._keep(standing)
 
     @property
     def standing(self) -> Spent | None:
         """What the run has cost until now; nothing is booked. None: it is not billed."""
-        if self.tariff is None:
-            return None
-        return self.spent.plus(self._bill(self.clock() - self._booked, []))
+        return None if self.tariff is None else self.spent.plus(self._unbooked())
+
+    def exhausted(self, up: Mapping[str, int] | None = None, most: int = 0) -> bool:
+        """Whether the next round might exceed the budget.
+
+        Args:
+            up: bytes of each region's update in a round that was trained and is not merged yet; None: there is none.
+            most: bytes that such a round's merged update has at most. Where a round was merged before, its size is
+                expected again.
+        """
+        if self._budget is None or self.tariff is None:
+            return False
+        if up is None:
+            return self.spent.usd + self._unbooked().usd + self.spent.next_usd > self._budget
+        routes = self._routes(up, *(self._latest or (dict.fromkeys(up, most), 0, ())))
+        unbooked = self._unbooked(routes).usd
+        following = max(self.spent.next_usd, unbooked - self._apart_usd)
+        return self.spent.usd + unbooked + following > self._budget
 
     @property
-    def exhausted(self) -> bool:
-        """Whether the next round might exceed the budget."""
-        budget = self.job.cost.budget_usd if self.job.cost is not None else None
-        if budget is None or self.tariff is None:
+    def overspent(self) -> bool:
+        """Whether the budget is exceeded already, so that there is nothing left to wait with."""
+        if self._budget is None or self.tariff is None:
             return False
-        waiting = self._bill(self.clock() - self._booked, []).usd
-        return self.spent.usd + waiting + self.spent.next_usd > budget
+        return self.spent.usd + self._unbooked().usd > self._budget
+
+    @property
+    def _budget(self) -> float | None:
+        return self.job.cost.budget_usd if self.job.cost is not None else None
+
+    def _routes(
+        self, up: Mapping[str, int], down: Mapping[str, int], relayed_up: int, near: Collection[str]
+    ) -> list[Route]:
+        assert self.tariff is not None
+        return routes_of(self.tariff.places, self.tariff.hub, up, down, relayed_up, near)
 
     def _book(self, routes: list[Route]) -> CostRow:
         now = self.clock()
-        row = self._bill(now - self._booked, routes)
-        self._booked = now
+        row = self._bill(now - self._booked, [*self._vain, *routes])
+        self._booked, self._vain = now, []
         return row
+
+    def _unbooked(self, routes: Sequence[Route] = ()) -> CostRow:
+        return self._bill(self.clock() - self._booked, [*self._vain, *routes])
 
     def _bill(self, seconds: float, routes: list[Route]) -> CostRow:
         assert self.tariff is not None
@@ -264,3 +332,7 @@ class Biller:
             self.tariff.egress,
             self.spent.usd,
         )
+
+    def _keep(self, spent: Spent) -> None:
+        spent.keep(self.folder)
+        self._noted = self.clock()

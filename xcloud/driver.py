@@ -11,7 +11,6 @@ The driver holds the round number, the plans and the ledger. It never sees weigh
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Mapping
@@ -56,16 +55,27 @@ class Run:
             stop_after: last round to play now; the job's schedules are those of the whole job.
         """
         began, last = time.monotonic(), min(stop_after or self.job.rounds, self.job.rounds)
+        try:
+            affordable = self.rounds(record, last)
+        finally:
+            self.ledger.costs.settle()  # however it ended, what was spent was spent
+        kind, told = self.ledger.ending(last, self.stop.is_set(), affordable, time.monotonic() - began)
+        self.log.event(kind, **told)
+        return self.ledger.outcome(kind == "run_finished", told.get("reason", ""))
+
+    def rounds(self, record: CommitRecord | None, last: int) -> bool:
+        """Start the regions and play up to round `last`; False when the budget did not reach that far."""
+        self.ledger.costs.resume(record.spent if record else None)
         if noise := self.ledger.begin(self.fleet.start(evaluate=record is None)):
             self.log.event("privacy_started", **noise)
         if record is not None:
             self.ledger.resume(record)
             self.fleet.restore(self.ledger.order, record.round)
+        affordable = True
         try:
             for number in range(self.ledger.round + 1, last + 1):
-                if self.stop.is_set() or self.ledger.costs.exhausted:
+                if self.stop.is_set() or not (affordable := self.round(number, final=number == last)):
                     break
-                self.round(number, final=number == last)
             self.land()
         except (QuorumError, AggregationError, PrivacyBudgetError) as error:
             if isinstance(error, PrivacyBudgetError):
@@ -74,21 +84,21 @@ class Run:
                 self.checkpoint()  # whoever is left holds the last committed round
             raise
         self.checkpoint()
-        kind, told = self.ledger.ending(last, self.stop.is_set(), time.monotonic() - began)
-        self.log.event(kind, **told)
-        return self.ledger.outcome(kind == "run_finished", told.get("reason", ""))
+        return affordable
 
-    def round(self, number: int, final: bool) -> None:
-        """Play one round until its updates are merged, on their way, or given up.
+    def round(self, number: int, final: bool) -> bool:
+        """Play one round until its updates are merged, on their way, or given up; False when the budget ends it first.
 
         Raises:
             QuorumError: the failure policy gives up.
             PrivacyBudgetError: the round would cost more privacy than the job allows.
         """
-        for attempt in itertools.count(1):
-            self.recover(number)
+        attempt = 1
+        while self.recover(number):
             if self.attempt(self.plan(number, attempt), final):
-                return
+                return True
+            attempt += 1
+        return False
 
     def attempt(self, plan: RoundPlan, final: bool) -> bool:
         """Try a round once; True when it is over, False to try again."""
@@ -98,10 +108,10 @@ class Run:
         self.ledger.spend(plan, self.fleet.untrained(number))
         self.fleet.launch(plan, job.rounds)
         self.land(beside=plan)  # what the last round offered travels while this one trains
-        offers = self.fleet.collect(number, self.ledger.round, job.buffer)
+        offers = self.fleet.collect(number, self.ledger.round, job.buffer, self.ledger.overspent)
         decision = decide(job.failure, len(job.regions), job.needed, offers, plan.attempt)
-        if decision.action is not Action.MERGE:
-            return self.give_up(plan, decision)
+        if decision.action is not Action.MERGE:  # who was not waited for, to save money, has not failed
+            return not self.ledger.overspent() and self.give_up(plan, decision)
         evaluate = final or (job.evaluation.sequences > 0 and number % job.evaluation.every == 0)
         self.sync = Sync(plan, offers, began, evaluate)
         due = bool(job.checkpoint.every) and number % job.checkpoint.every == 0
@@ -141,7 +151,7 @@ class Run:
         applied = self.fleet.apply(total, handles, sync.evaluate)
         if not applied:  # most likely the aggregator has died, and the merged update with it
             return self.again(sync.plan, "every region was lost while it applied the merged update")
-        if reason := self.ledger.suspicion(sync.plan.round, applied):
+        if reason := self.ledger.suspicion(sync, total, applied):
             self.fleet.undo(self.ledger.order, sync.plan.round, reason)
         else:
             self.commit(sync, total, applied)
@@ -180,6 +190,7 @@ class Run:
             return self.give_up(plan, decision)
         nothing = RoundSum.of_nothing(plan, beside.round if beside else None)
         self.fleet.apply(nothing, [], evaluate=False)
+        self.ledger.costs.apart()
         self.log.event("round_skipped", round=plan.round, reason=decision.reason)
         return True
 
@@ -196,6 +207,7 @@ class Run:
             return False
         if decision.action is Action.SKIP:
             self.fleet.ask(lambda region: region.discard(), plan.round)
+            self.ledger.costs.apart()
             self.log.event("round_skipped", round=plan.round, reason=decision.reason)
             return True
         raise QuorumError(f"round {plan.round}: {decision.reason}; nothing of it was committed")
@@ -212,15 +224,18 @@ class Run:
         self.log.event("round_retried", round=plan.round, attempt=plan.attempt + 1, reason=reason)
         return False
 
-    def recover(self, number: int) -> None:
-        """Bring back regions that are away; wait for them only if the round cannot do without."""
-        if self.fleet.recovering:
-            self.land()
+    def recover(self, number: int) -> bool:
+        """Bring back regions that are away; wait if the round needs them. False: the budget may not last for it."""
+        if self.fleet.recovering or self.ledger.exhausted(self.sync):
+            self.land()  # what it costs is known then, and no estimate
             self.checkpoint()  # what they will have to load
-        if (saved := self.ledger.saved_round) == self.ledger.round:
-            self.fleet.recover(self.ledger.order_or_none, number, self.job.needed)
-        if not self.fleet.ready:
+        saved = self.ledger.saved_round
+        if saved == self.ledger.round and not self.ledger.exhausted(self.sync):
+            with self.ledger.costs.waiting():
+                self.fleet.recover(self.ledger.order_or_none, number, self.job.needed, self.ledger.waited_out)
+        if not self.fleet.ready and not self.ledger.exhausted(self.sync):
             raise QuorumError(f"round {number}: no region is left; go on from round {saved} with --resume")
+        return not self.ledger.exhausted(self.sync)
 
     def checkpoint(self) -> None:
         """Save every idle region's state of the committed round, unless that is done already."""

@@ -234,19 +234,28 @@ class Fleet:
             self._members[name].work = self._members[name].handle.run(plan)
             self._members[name].trained = plan.round
 
-    def collect(self, round: int, merges: int, buffer: BufferConfig | None = None) -> dict[str, Offer]:
+    def collect(
+        self,
+        round: int,
+        merges: int,
+        buffer: BufferConfig | None = None,
+        over: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Offer]:
         """The updates of the regions at work, in the job's order, up to the policy's deadline.
 
         Args:
             round: about to be merged.
             merges: committed so far.
             buffer: how many updates are enough; None waits for all.
+            over: whether those who have not answered are not to be waited for any longer; asked again and again.
         """
         futures = {m.work: n for n, m in self._members.items() if m.work and m.state is State.READY}
         offers: dict[str, Offer] = {}
         deadline, enough = self._by(self._policy.deadline_s), math.inf
 
         def until() -> float:
+            if over() and not any(f.done() for f, n in futures.items() if self._members[n].work is f):
+                return -math.inf  # what has been answered is taken first
             return min(deadline(), enough)
 
         for future in self._as_done(futures, until):
@@ -331,7 +340,13 @@ class Fleet:
         self._log.event("region_failed", region=name, round=round, reason=reason)
         member.handle.kill()
 
-    def recover(self, order: Callable[[str], RestoreOrder | None], round: int, needed: int) -> None:
+    def recover(
+        self,
+        order: Callable[[str], RestoreOrder | None],
+        round: int,
+        needed: int,
+        over: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Restart lost regions and take back those that are up again.
 
         Blocks only while fewer than `needed` regions are ready and one may still come back.
@@ -340,6 +355,7 @@ class Fleet:
             order: what a region has to load; None when nothing is committed yet.
             round: about to be played.
             needed: regions the round cannot do without.
+            over: whether they are not to be waited for any longer; asked again and again.
         """
         for name in [name for name, member in self._members.items() if member.leaving]:
             self._move(name, self._members[name])
@@ -348,7 +364,7 @@ class Fleet:
                 if member.state is State.LOST:
                     self._restart(name, member)
             self._take_back(order, round)
-            if len(self.ready) >= needed or not self.recovering:
+            if len(self.ready) >= needed or not self.recovering or over():
                 return
             busy = [m.busy for m in self._members.values() if m.busy is not None]
             wait(busy, timeout=TICK_S, return_when=FIRST_COMPLETED)

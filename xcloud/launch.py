@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from xcloud.aggregation import AggregatorHandle, ClusterAggregation
-from xcloud.billing import price_file, tariff
+from xcloud.billing import elsewhere, price_file, tariff
 from xcloud.checkpoint import CheckpointStore
-from xcloud.cloud.session import ray_session
+from xcloud.cloud.session import node_labels, ray_session
 from xcloud.cluster_region import ClusterRegion
 from xcloud.config import JobConfig
 from xcloud.driver import Run
@@ -42,7 +42,7 @@ def train(
     Raises:
         XCloudError: what went wrong, in one line; the last committed round stays.
     """
-    tariff(job)  # a budget without prices, or a wrong instance type, ends before anything starts
+    billed = tariff(job)  # a budget without prices, or a wrong instance type, ends before anything starts
     store = CheckpointStore(job.checkpoint.url or (run_dir / "checkpoints").absolute())
     job, fitted = fit_pools(job, price_file(job))
     record = find_commit(job, store, run_dir, resume)
@@ -66,6 +66,8 @@ def train(
         )
         for (name, pool), found in fitted.items():
             log.event("pool_fitted", region=name, pool=pool, **found.settings(), reason=found.why)
+        if billed is not None and not session.local and (place := elsewhere(billed.hub, node_labels())):
+            log.event("hub_elsewhere", place=str(place), hub=str(billed.hub))
         aggregator = ClusterAggregation(job, enforce_labels=not session.local)
         merging: AggregatorHandle = aggregator
         if job.secure_aggregation is not None:

@@ -12,7 +12,6 @@ from xcloud.balance import Pace, balanced_steps
 from xcloud.billing import Biller
 from xcloud.checkpoint import CheckpointStore, CommitRecord, RegionState
 from xcloud.config import JobConfig, dump_job, load_job
-from xcloud.cost.bill import CostRow
 from xcloud.errors import (
     AggregationError,
     CheckpointError,
@@ -40,6 +39,11 @@ __all__ = ["Ledger", "Offers", "Outcome", "Sync", "check_job", "find_commit", "k
 
 CHANGEABLE = ("rounds", "aggregation_actors", "failure", "checkpoint", "evaluation", "envelope", "cost")
 """Job keys that may differ when a run is resumed; so may the regions' pools."""
+
+FLOAT_BYTES = 4
+
+NOTE_S = 60.0
+"""How often what a run has cost is written down while it waits."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +113,36 @@ class Ledger:
         """The run's outcome as it stands."""
         return Outcome(self.round, finished, reason, self.eval_start, self.eval_loss)
 
-    def ending(self, last: int, interrupted: bool, seconds: float) -> tuple[str, dict[str, Any]]:
+    def exhausted(self, sync: Sync | None) -> bool:
+        """Whether another round might exceed the budget; `sync` is one that was trained and is still to be merged."""
+        if sync is None:
+            return self.costs.exhausted()
+        first, end = sync.plan.chunks or (0, len(self.layout))
+        most = sum(FLOAT_BYTES * chunk.length for chunk in self.layout[first:end])
+        return self.costs.exhausted({n: r.bytes_up for n, r in _reports(sync.offers).items()}, most)
+
+    def overspent(self) -> bool:
+        """Whether the budget is exceeded; for whoever waits: what was spent is written down now and then."""
+        self.costs.note(NOTE_S)
+        return self.costs.overspent
+
+    def waited_out(self) -> bool:
+        """Whether another round might exceed the budget; for whoever waits for regions before it."""
+        return self.overspent() or self.exhausted(None)
+
+    def ending(
+        self, last: int, interrupted: bool, affordable: bool, seconds: float
+    ) -> tuple[str, dict[str, Any]]:
         """The event that ends a run whose play is over, and its fields.
 
         Args:
             last: round up to which it was to be played.
             interrupted: somebody asked it to stop.
+            affordable: the budget lasted that far.
             seconds: of this start.
         """
-        spent = self.costs.settle()
-        told: dict[str, Any] = {} if spent is None else {"spent_usd": spent.usd}
-        if self.round < last and not interrupted and self.costs.exhausted:
+        told: dict[str, Any] = {} if self.costs.tariff is None else {"spent_usd": self.costs.spent.usd}
+        if not affordable and not interrupted:
             return "run_stopped", {"round": self.round, "reason": "budget", **told}
         played = not interrupted or self.round == last
         if played and last == self.job.rounds:
@@ -149,7 +172,7 @@ class Ledger:
                         f"regions {first.region!r} and {answer.region!r} start from different {what} "
                         f"({mine[:12]}, {theirs[:12]}); check that they run the same versions"
                     )
-        self.costs.began()
+        self.costs.apart()
         self.data = {name: answer.data_fingerprint for name, answer in ready.items()}
         self.manifest_digest, self.model_digest = first.manifest_digest, first.model_digest
         self.layout = tuple(ChunkLayout(*chunk) for chunk in first.layout)
@@ -269,7 +292,6 @@ class Ledger:
         self.cursors |= {name: state.cursor for name, state in record.regions.items()}
         self.tokens, self.eval_start, self.eval_loss = record.tokens, record.eval_loss_start, record.eval_loss
         self.norms = list(record.norms)
-        self.costs.resume(record.spent)
         self.losses = {n: s.eval_loss for n, s in record.regions.items() if s.eval_loss is not None}
         if self.privacy is not None and record.privacy is not None:
             self._take_over(record.privacy)
@@ -322,8 +344,10 @@ class Ledger:
         if steps and report.compute_s:
             self._paces[report.region].note(report.compute_s / steps, report.encode_s)
 
-    def suspicion(self, number: int, applied: Mapping[str, Applied]) -> str | None:
+    def suspicion(self, sync: Sync, total: RoundSum, applied: Mapping[str, Applied]) -> str | None:
         """Why the merged update that the regions have taken up should be taken back; None: it should not.
+
+        What is taken back was sent all the same, and is paid.
 
         Raises:
             AggregationError: there is nothing to go back to, or it was so too often.
@@ -341,9 +365,13 @@ class Ledger:
             [applied[name].eval_loss for name in known],
         )
         self.rejected = self.rejected + 1 if reason else 0
+        if reason:
+            self.costs.rejected(*self._traffic(_reports(sync.offers), total, applied))
         if reason and (self.rejected > guards.patience or not self.saved):
             before = f"{self.rejected} rounds in a row" if self.saved else "before the first commit"
-            raise AggregationError(f"round {number}: {reason}, {before}; the last committed round stays")
+            raise AggregationError(
+                f"round {sync.plan.round}: {reason}, {before}; the last committed round stays"
+            )
         return reason
 
     def close_round(
@@ -361,6 +389,7 @@ class Ledger:
         """
         digests = {name: answer.model_digest for name, answer in applied.items()}
         if len(set(digests.values())) != 1:
+            self.costs.rejected(*self._traffic(reports, total, applied))
             held = ", ".join(f"{name}: {digest[:12]}" for name, digest in digests.items())
             raise DivergenceError(
                 f"round {plan.round}: the regions hold different models after the outer step ({held})"
@@ -377,7 +406,7 @@ class Ledger:
         # A region whose update was left out reads its data again, unless it goes on from its own model.
         read = reports if self.job.streaming.keeps_local else counted
         self.cursors |= {name: report.cursor for name, report in read.items()}
-        cost = self._costs(reports, total, applied)
+        cost = self.costs.round(*self._traffic(reports, total, applied))
         reports = counted
         tokens = sum(report.tokens for report in reports.values())
         self.tokens += tokens
@@ -409,16 +438,16 @@ class Ledger:
             cost=cost,
         )
 
-    def _costs(
+    def _traffic(
         self, reports: Mapping[str, RegionReport], total: RoundSum, applied: Mapping[str, Applied]
-    ) -> CostRow | None:
-        """Book what the round cost; what a region sent in vain was sent."""
+    ) -> tuple[dict[str, int], dict[str, int], int, tuple[str, ...]]:
+        """What the round sent, for `Biller.round`; what a region sent in vain was sent."""
         up = {name: report.bytes_up for name, report in reports.items()}
         down = {name: answer.bytes_down for name, answer in applied.items()}
         cloud = {region.name: region.cloud for region in self.job.regions}
         direct = sum(up[name] for name in total.regions if cloud[name] not in total.near)
         relayed = 0 if total.egress_up is None else total.egress_up - direct
-        return self.costs.round(up, down, relayed if total.near else 0, total.near)
+        return up, down, relayed if total.near else 0, total.near
 
     def _privacy_row(self, epsilon: float) -> PrivacyRow:
         assert self.privacy is not None
@@ -483,6 +512,10 @@ class Ledger:
         self.saved = record
         self.store.prune(self.job.checkpoint.keep)
         return record
+
+
+def _reports(offers: Offers) -> dict[str, RegionReport]:
+    return {name: report for name, (report, _) in offers.items()}
 
 
 def mean_loss(answers: Iterable[RegionReady | Applied]) -> float | None:

@@ -312,6 +312,8 @@ def _show_best(
     words = ["xcloud", "train", str(job)]
     words += [word for one in (*given, *winner.sets) for word in ("--set", one)]
     _say(console, f"  {shlex.join(words)}")
+    for line in winner.by_hand:
+        _say(console, f"  {line}")
 
 
 def _cost(forecast: Forecast) -> str:
@@ -418,6 +420,7 @@ def _choice(candidate: Candidate, forecast: Forecast) -> dict[str, Any]:
     return {
         "label": candidate.label,
         "set": list(candidate.sets),
+        "by_hand": list(candidate.by_hand),
         "changes_learning": candidate.learning,
         "saving_ratio": 1 - candidate.forecast.usd / forecast.usd if known else None,
         **_totals(candidate.forecast),

@@ -21,8 +21,10 @@ import numpy as np
 import yaml
 
 from xcloud.billing import Tariff, place_of, price_file, tariff
+from xcloud.cloud.node_types import MARKET
+from xcloud.cloud.settings import MARKET_LABELS
 from xcloud.codecs import CODECS, Codec, CodecConfig, Frame, ring_of
-from xcloud.config import JobConfig, load_job
+from xcloud.config import JobConfig, PoolConfig, load_job
 from xcloud.cost.bill import Holding
 from xcloud.cost.memory import Memory, ModelShape, device_memory
 from xcloud.cost.model import Change, Kind, Pace, PoolLoad, RegionLoad, Scenario, Wire
@@ -586,10 +588,11 @@ def _markets(plan: Plan, reload: Reload) -> list[Choice]:
     found = []
     for market, label in (("spot", "all on spot machines"), ("on_demand", "all on demand")):
         sets = tuple(
-            f"regions.{r}.pools.{p}.market={market}"
+            f"regions.{r}.pools.{p}.{change}"
             for r, region in enumerate(plan.job.regions)
             for p, pool in enumerate(region.pools)
             if pool.instance is not None and pool.market != market
+            for change in _bought(pool, market)
         )
         if not sets:
             continue
@@ -604,6 +607,16 @@ def _markets(plan: Plan, reload: Reload) -> list[Choice]:
         ):
             continue
         found.append(Choice(label, sets, partial(_held, changed.regions)))
+    return found
+
+
+def _bought(pool: PoolConfig, market: str) -> list[str]:
+    """What makes a pool's machines those of a market: what it is paid as, and the label, where that pins another one."""
+    found = [f"market={market}"]
+    if not pool.allows(market):
+        labels = dict(pool.labels) | {MARKET: MARKET_LABELS[market]}
+        text = yaml.safe_dump(labels, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+        found.append(f"labels={text}")
     return found
 
 
@@ -635,6 +648,7 @@ def _hubs(plan: Plan) -> list[Choice]:
             f"aggregate in {place}",
             (f"cost.hub={{cloud: {place.cloud}, location: {place.location}}}",),
             _with(hub=place),
+            by_hand=f"start it on a machine in {place}: updates meet where the driver runs, and cost.hub moves nothing",
         )
         for place in dict.fromkeys(plan.scenario.places.values())
         if place != plan.scenario.hub

@@ -13,7 +13,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from xcloud.cloud.guard import check_cluster, is_loopback
 from xcloud.errors import PlacementError, SecurityError
 
-__all__ = ["Session", "ray_session"]
+__all__ = ["Session", "node_labels", "ray_session"]
 
 
 class Session:
@@ -27,6 +27,12 @@ class Session:
     def __init__(self, local: bool, exposed: str | None = None) -> None:
         self.local = local
         self.exposed = exposed
+
+
+def node_labels() -> dict[str, str]:
+    """Labels of the node that this process runs on."""
+    here = ray.get_runtime_context().get_node_id()
+    return next((dict(node["Labels"]) for node in ray.nodes() if node["NodeID"] == here), {})
 
 
 @contextmanager

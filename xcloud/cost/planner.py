@@ -29,12 +29,14 @@ class Choice:
         sets: what to pass to `--set`.
         change: to the scenario.
         learning: whether other weights come out of it.
+        by_hand: what no `--set` does, and the user has to do besides; empty: nothing.
     """
 
     label: str
     sets: tuple[str, ...]
     change: Change
     learning: bool = False
+    by_hand: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Candidate:
     @property
     def sets(self) -> tuple[str, ...]:
         return tuple(one for choice in self.choices for one in choice.sets)
+
+    @property
+    def by_hand(self) -> tuple[str, ...]:
+        return tuple(choice.by_hand for choice in self.choices if choice.by_hand)
 
     @property
     def learning(self) -> bool:

@@ -40,6 +40,7 @@ def exposed_line(address: str) -> str:
 
 
 NOTICE_KINDS = {
+    "hub_elsewhere",
     "region_failed",
     "region_leaving",
     "region_gone",
@@ -50,7 +51,7 @@ NOTICE_KINDS = {
     "round_retried",
     "round_skipped",
 }
-"""Events that tell of a failure and what became of it."""
+"""Events that tell of a failure and what became of it, or of something that is not as the job says."""
 
 
 def human_bytes(count: float) -> str:
@@ -141,6 +142,11 @@ def event_line(event: Event, width: int | None = None) -> str | None:
         return f"{region}: restarting (start {get('attempt')})"
     if event.kind == "pool_fitted":
         return f"{region} pool {get('pool')}: {get('reason')}"
+    if event.kind == "hub_elsewhere":
+        return (
+            f"egress is billed as if updates met in {get('hub')}, but the driver runs in {get('place')}, and they meet beside "
+            "it: start it there, or set cost.hub to where it is"
+        )
     if event.kind == "placement_waiting":
         return f"{region}: {get('missing') or 'there is room now; loading torch, DeepSpeed'}"
     if event.kind == "region_ready":
