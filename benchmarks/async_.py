@@ -32,10 +32,7 @@ JOB = """
 name: async
 seed: {seed}
 rounds: {rounds}
-sequence_length: 128
-model:
-  config: {{model_type: llama, hidden_size: 96, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4,
-           num_key_value_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}}
+{model}
 regions:
   - name: us-east-1
     cloud: aws
@@ -145,7 +142,7 @@ def time_to(course: Course, target: float) -> float | None:
 
 def play(options: Options, rounds: int, more: str, until: float | None = None) -> Course:
     """One run, with the brake on the slow region's rank from the start of the first round."""
-    job = parse_job(JOB.format(seed=options.seed, rounds=rounds, more=more))
+    job = parse_job(JOB.format(model=throttled.MODEL, seed=options.seed, rounds=rounds, more=more))
     stop = threading.Event()
     course = Course(stop, until)
     throttled.play(job, {(SLOW, "pool0/rank0"): DUTY}, [course], stop)

@@ -28,10 +28,7 @@ JOB = """
 name: balance
 seed: {seed}
 rounds: {rounds}
-sequence_length: 128
-model:
-  config: {{model_type: llama, hidden_size: 96, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4,
-           num_key_value_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}}
+{model}
 regions:
 {regions}
 inner: {{steps: 100, optimizer: {{type: adamw, lr: 3e-3}}}}
@@ -134,7 +131,9 @@ def play(options: Options, name: str, mode: str, rounds: int) -> Spreads:
         REGION.format(name=f"cloud-{number}", kind=kind, pools=pools)
         for number, (kind, pools) in enumerate(regions)
     )
-    job = parse_job(JOB.format(seed=options.seed, rounds=rounds, regions=text, mode=mode))
+    job = parse_job(
+        JOB.format(model=throttled.MODEL, seed=options.seed, rounds=rounds, regions=text, mode=mode)
+    )
     spreads = Spreads()
     throttled.play(job, duties, [spreads])
     return spreads

@@ -54,10 +54,7 @@ JOB = """
 name: cost
 seed: {seed}
 rounds: {rounds}
-sequence_length: 128
-model:
-  config: {{model_type: llama, hidden_size: 96, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4,
-           num_key_value_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}}
+{model}
 regions:
   - {{name: fast, cloud: left, data: {{type: stdlib, kind: modules}}, pools: [{{zero_stage: 0, micro_batch: 2, instance: node}}]}}
   - {{name: slow, cloud: right, data: {{type: stdlib, kind: tests}}, pools: [{{zero_stage: 0, micro_batch: 2, instance: node}}]}}
@@ -143,7 +140,9 @@ def run(options: Options) -> Result:
 def job_file(folder: Path, options: Options, rounds: int, steps: int) -> Path:
     """The job with so many rounds and steps, as a file."""
     path = folder / f"job-{rounds}-{steps}.yaml"
-    text = JOB.format(seed=options.seed, rounds=rounds, steps=steps, prices=folder / "prices.yaml")
+    text = JOB.format(
+        model=throttled.MODEL, seed=options.seed, rounds=rounds, steps=steps, prices=folder / "prices.yaml"
+    )
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -29,10 +29,7 @@ JOB = """
 name: partition
 seed: {seed}
 rounds: {rounds}
-sequence_length: 128
-model:
-  config: {{model_type: llama, hidden_size: 96, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4,
-           num_key_value_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}}
+{model}
 regions:
   - {{name: us-east-1, cloud: aws, data: {{type: stdlib, kind: modules}}, pools: [{{zero_stage: 0, micro_batch: 2}}]}}
   - {{name: europe-west4, cloud: gcp, data: {{type: stdlib, kind: tests}}, pools: [{{zero_stage: 0, micro_batch: 2}}]}}
@@ -125,7 +122,9 @@ class Course:
 
 def play(options: Options, mode: str, rounds: int, steps: int) -> Course:
     """One run, with brakes on all ranks."""
-    job = parse_job(JOB.format(seed=options.seed, rounds=rounds, steps=steps, mode=mode))
+    job = parse_job(
+        JOB.format(model=throttled.MODEL, seed=options.seed, rounds=rounds, steps=steps, mode=mode)
+    )
     course = Course()
     throttled.play(job, {(name, "pool0/rank0"): duty for name, duty in DUTIES.items()}, [course])
     return course

@@ -20,7 +20,13 @@ from xcloud.driver import Run
 from xcloud.fleet import Fleet
 from xcloud.metrics import Event, Listener, RunLog
 
-__all__ = ["Brake", "play"]
+__all__ = ["MODEL", "Brake", "play"]
+
+MODEL = """sequence_length: 128
+model:
+  config: {model_type: llama, hidden_size: 96, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}"""
+"""The model of such runs, as keys of a job: small, so that several ranks share two cores."""
 
 SLICE_S = 0.1
 

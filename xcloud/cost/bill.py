@@ -7,15 +7,14 @@ write checkpoints. A price that nobody knows adds nothing to a sum, and the sum 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from xcloud.errors import CheckpointError
+from xcloud.kept import read_record, write_record
 from xcloud.prices import Place
 
 __all__ = [
@@ -218,13 +217,7 @@ class Spent(_Row):
 
     def keep(self, folder: Path) -> None:
         """Write it into a run folder, so that it is on the disk when this returns."""
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / f"{FILE}.tmp"
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(folder / FILE)
+        write_record(folder / FILE, self)
 
     @classmethod
     def kept(cls, folder: Path) -> Spent | None:
@@ -233,16 +226,8 @@ class Spent(_Row):
         Raises:
             CheckpointError: the file is damaged, so nobody knows what was spent.
         """
-        path = folder / FILE
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (ValidationError, UnicodeDecodeError) as error:
-            first = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{path}: damaged record of costs ({first}); restore it, or delete it to count anew from the last commit"
-            ) from None
+        expected = "restore it, or delete it to count anew from the last commit"
+        return read_record(folder / FILE, cls, "record of costs", expected)
 
 
 def bill(

@@ -8,13 +8,13 @@ goes on from the longer of the two, since rounds after the last commit were rele
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from xcloud.errors import CheckpointError, PrivacyAccountingError, PrivacyBudgetError
+from xcloud.errors import PrivacyAccountingError, PrivacyBudgetError
+from xcloud.kept import read_record, write_record
 from xcloud.messages import PrivacyTerms
 from xcloud.privacy.accounting import Mechanism, epsilon_of, gaussian_epsilon
 from xcloud.privacy.skellam import composed_epsilon
@@ -103,13 +103,7 @@ class PrivacyLedger(BaseModel):
 
     def keep(self, folder: Path) -> None:
         """Write it into a run folder, so that it is on the disk when this returns."""
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / f"{FILE}.tmp"
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(folder / FILE)
+        write_record(folder / FILE, self)
 
     @classmethod
     def kept(cls, folder: Path) -> PrivacyLedger | None:
@@ -118,13 +112,5 @@ class PrivacyLedger(BaseModel):
         Raises:
             CheckpointError: it is damaged, so nobody knows what was released.
         """
-        path = folder / FILE
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (ValidationError, UnicodeDecodeError) as error:
-            first = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{path}: damaged privacy ledger ({first}); what was released is not known, so the run cannot go on"
-            ) from None
+        expected = "what was released is not known, so the run cannot go on"
+        return read_record(folder / FILE, cls, "privacy ledger", expected)
