@@ -48,11 +48,7 @@ SCENARIOS: dict[str, tuple[list[tuple[str, str]], dict[tuple[str, str], float]]]
                 "{workers: 2, zero_stage: 1, micro_batch: 2}, {workers: 1, zero_stage: 1, micro_batch: 2}",
             )
         ],
-        {
-            ("cloud-0", "pool0/rank0"): FAST,
-            ("cloud-0", "pool0/rank1"): FAST,
-            ("cloud-0", "pool1/rank0"): SLOW,
-        },
+        {("cloud-0", "pool0"): FAST, ("cloud-0", "pool1"): SLOW},
     ),
     "stages": (
         [
@@ -147,7 +143,7 @@ def row(name: str, mode: str, course: Spreads) -> dict[str, Any]:
         "balance": mode,
         "worst_ratio": max(later),
         "mean_ratio": sum(later) / len(later),
-        "first_ratio": course.spreads[0],
+        "by_round": " ".join(f"{one:.1%}" for one in course.spreads),
         "round_s": sum(max(found) for found in course.seconds[2:]) / len(later),
         "tokens_ratio": course.tokens[-1] / course.tokens[0],
     }

@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +31,38 @@ model:
 
 SLICE_S = 0.1
 
-Rank = tuple[str, str]
-"""A region, and one of its ranks as `RegionActor.pids` names it: `pool0/rank0`."""
+Ranks = tuple[str, str]
+"""A region, and a pool of it (`pool0`) or one rank (`pool0/rank0`), as `RegionActor.pids` names them."""
 
 
 class Brake(threading.Thread):
-    """Stops a process for most of the time, a slice after the other.
+    """Stops processes for some of the time, a slice after the other, all at once: ranks that meet in each step are as slow as
+    one machine would be.
 
     Args:
-        find: its process id, asked when the brake is pulled.
-        duty: share of the time in which the process may run.
+        find: their process ids, asked when the brake is pulled.
+        duty: share of the time in which they may run.
     """
 
-    def __init__(self, find: Callable[[], int], duty: float) -> None:
+    def __init__(self, find: Callable[[], list[int]], duty: float) -> None:
         super().__init__(daemon=True)
         self._find, self._duty, self._done = find, duty, threading.Event()
 
     def run(self) -> None:
-        pid = self._find()
+        pids = self._find()
         try:
             while not self._done.is_set():
-                os.kill(pid, signal.SIGSTOP)
+                self._tell(pids, signal.SIGSTOP)
                 self._done.wait((1 - self._duty) * SLICE_S)
-                os.kill(pid, signal.SIGCONT)
+                self._tell(pids, signal.SIGCONT)
                 self._done.wait(self._duty * SLICE_S)
         except ProcessLookupError:
-            return  # it was ended with its region
+            return  # they were ended with their region
+
+    @staticmethod
+    def _tell(pids: Sequence[int], what: signal.Signals) -> None:
+        for pid in pids:
+            os.kill(pid, what)
 
     def release(self) -> None:
         """Let the process go on."""
@@ -85,7 +92,7 @@ class _Pull:
 
 def play(
     job: JobConfig,
-    duties: Mapping[Rank, float],
+    duties: Mapping[Ranks, float],
     listeners: Sequence[Listener] = (),
     stop: threading.Event | None = None,
     folder: Path | None = None,
@@ -94,7 +101,7 @@ def play(
 
     Args:
         job: what to train.
-        duties: of each slow rank, the share of the time in which it may run.
+        duties: of slow ranks, or of whole pools, the share of the time in which they may run.
         listeners: told of what happens.
         stop: ends the run after its round when it is set.
         folder: the run folder, new; None: one that is removed at the end.
@@ -105,10 +112,11 @@ def play(
         regions[name] = ClusterRegion(job, name, False, str(checkpoints))
         return regions[name]
 
-    def pid(rank: Rank) -> int:
-        return int(ray.get(regions[rank[0]].actor.pids.remote())[rank[1]])
+    def pids(region: str, part: str) -> list[int]:
+        found = ray.get(regions[region].actor.pids.remote())
+        return [pid for name, pid in found.items() if part in (name, name.partition("/")[0])]
 
-    brakes = [Brake(lambda rank=rank: pid(rank), duty) for rank, duty in duties.items()]  # type: ignore[misc]
+    brakes = [Brake(partial(pids, *ranks), duty) for ranks, duty in duties.items()]
     with tempfile.TemporaryDirectory() as scratch:
         folder = folder or Path(scratch)
         checkpoints = folder / "checkpoints"
