@@ -1,6 +1,6 @@
 """Time to a target loss with one region four times slower than the others: buffered merging against lock-step rounds.
 
-Three regions, real ranks. The slow one's rank is stopped and continued by signals, so that it trains about four
+Three regions, real ranks. The slow one's rank is braked (`benchmarks.throttled`), so that it trains about four
 times slower; nothing in the system knows. First the lock-step run: every round waits for the slow region. The loss that it
 ends with is the target. Then the buffered run, which merges as soon as two regions have answered, until it is there. Both
 start from the same weights, train on the same data with a constant learning rate, and are judged on the held-out text of
@@ -81,7 +81,7 @@ def run(options: Options) -> Result:
         targets={"time_ratio": "<= 0.6", "slowdown_ratio": ">= 3.5"},
         rows=[locked.row("lock-step", rounds), buffered.row("buffered, goal 2", len(buffered.losses))],
         notes=[
-            f"one region's rank may run for {DUTY:.0%} of the time (SIGSTOP, SIGCONT); slowdown_ratio is what came of it",
+            f"one region's rank may run for {DUTY:.0%} of the time; slowdown_ratio is what came of it",
             f"target: the lock-step run's loss after {rounds} rounds of 30 inner steps",
         ],
     )

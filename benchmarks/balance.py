@@ -1,10 +1,10 @@
 """Do unequal workers finish a round together once their speed is known?
 
 Three jobs with `balance: dynamic`, real ranks. `workers`: a region of 2 fast workers and 1 slow one. `stages`: a region with two
-pools of different ZeRO stage and micro-batch. `regions`: three regions of one worker each, one of them slow. Every rank is stopped
-and continued by signals, the slow one more than the others, and nothing in the system knows. `finish_spread_ratio` is the longest local training of a round over
-the pools that are balanced, less the shortest, over the longest: the worst round from the third on, of all three jobs. Beside it, the
-same job with equal steps.
+pools of different ZeRO stage and micro-batch. `regions`: three regions of one worker each, one of them slow. Every rank is braked
+(`benchmarks.throttled`), the slow one more than the others, and nothing in the system knows. `finish_spread_ratio` is the longest time of a round less the shortest, over
+the longest: the worst round from the third on, of all three jobs. A pool's time is its local training (its region offers one update), a
+region's is that from the start of the round until its update is there. Beside it, the same job with equal steps.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def run(options: Options) -> Result:
         targets={"finish_spread_ratio": "<= 0.05"},
         rows=rows,
         notes=[
-            f"a fast rank may run for {FAST:.0%} of the time, a slow one for {SLOW:.0%} (SIGSTOP, SIGCONT)",
-            "spread: (longest - shortest) / longest local training of one round, from the third round on",
+            f"a fast rank may run for {FAST:.0%} of the time, a slow one for {SLOW:.0%}",
+            "spread: (longest - shortest) / longest time of one round, from the third round on; of pools their training, of regions until they offer",
         ],
     )
 
@@ -102,12 +102,18 @@ class Spreads:
 
     def __init__(self) -> None:
         self.seconds: list[list[float]] = []
+        self._began, self._offered = 0.0, list[float]()
         self.tokens: list[int] = []
 
-    def on_event(self, event: Event) -> None: ...
+    def on_event(self, event: Event) -> None:
+        if event.kind == "round_started":
+            self._began, self._offered = event.time, []
+        elif event.kind == "region_finished":
+            self._offered.append(event.time - self._began)
 
     def on_round(self, row: RoundRow) -> None:
-        self.seconds.append([pool.compute_s for region in row.regions.values() for pool in region.pools])
+        pools = [pool.compute_s for region in row.regions.values() for pool in region.pools]
+        self.seconds.append(self._offered if len(row.regions) > 1 else pools)
         self.tokens.append(row.tokens)
 
     def on_progress(self, progress: Any) -> None: ...

@@ -1,6 +1,6 @@
 """How well a plan predicts a run's dollars and seconds, and what the planner's choice saves when one region is slow.
 
-Two regions, real ranks, stopped and continued by signals: one may run for four times as much of the time as the other, and nothing in the
+Two regions, real, braked ranks (`benchmarks.throttled`): one may run for four times as much of the time as the other, and nothing in the
 system knows. Their clouds are made up; a price file of the benchmark says what their machines and their traffic cost.
 
 1. A short calibration run, after one round that packs the data and fills caches: set-up is part of what is predicted.
@@ -130,7 +130,7 @@ def run(options: Options) -> Result:
         targets={"prediction_error_ratio": "<= 0.1", "saving_ratio": ">= 0.25"},
         rows=[calibrated.row(), *(one.row() for one in predicted)],
         notes=[
-            f"the fast region may run for {FAST:.0%} of the time, the slow one for {SLOW:.0%} (SIGSTOP, SIGCONT)",
+            f"the fast region may run for {FAST:.0%} of the time, the slow one for {SLOW:.0%}",
             f"the planner chose, steps and codec left as they are: {' '.join(made)}",
             "saving: dollars for each token, the planner's choice against equal steps, from the ledgers; set-up is in both",
         ],

@@ -1,6 +1,6 @@
 """Regions of throughput 4 : 2 : 1: how long do they wait for each other, with a fixed, a proportional and a dynamic share of the work?
 
-Three regions of one worker each, real ranks, stopped and continued by signals so that they run for 0.8, 0.4 and 0.2 of the time, which
+Three regions of one worker each, real ranks, braked so that they run for 0.8, 0.4 and 0.2 of the time, which
 leaves two cores some room. The same job three times, with equal steps, with steps by the speed of the first rounds, and with steps that follow it. All read as many
 tokens. A region's idle share is the part of a round's longest local training in which it had nothing to do: the mean over the
 rounds from the third on. `idle_share_*` is that of the region that waits most.
@@ -70,9 +70,7 @@ def run(options: Options) -> Result:
             for mode, course in courses.items()
         ],
         notes=[
-            "ranks run for "
-            + ", ".join(f"{duty:.0%}" for duty in DUTIES.values())
-            + " of the time (SIGSTOP, SIGCONT)",
+            "ranks run for " + ", ".join(f"{duty:.0%}" for duty in DUTIES.values()) + " of the time",
             f"{rounds} rounds of {steps} steps; idle shares are means over the rounds from the third on",
         ],
     )

@@ -1,4 +1,8 @@
-"""Runs in which some ranks are slower than others: stopped and continued by signals, and nothing in the system knows."""
+"""Runs in which some ranks are slower than others, and nothing in the system knows.
+
+The kernel gives them a quota of processor time where this process may make a cgroup. Elsewhere they are stopped and continued by
+signals, which is coarse: what a rank gets in a second then varies by a tenth.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import os
 import signal
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -21,7 +27,7 @@ from xcloud.driver import Run
 from xcloud.fleet import Fleet
 from xcloud.metrics import Event, Listener, RunLog
 
-__all__ = ["MODEL", "Brake", "play"]
+__all__ = ["MODEL", "play"]
 
 MODEL = """sequence_length: 128
 model:
@@ -30,19 +36,69 @@ model:
 """The model of such runs, as keys of a job: small, so that several ranks share two cores."""
 
 SLICE_S = 0.1
+PERIOD_US = 50_000
 
 Ranks = tuple[str, str]
 """A region, and a pool of it (`pool0`) or one rank (`pool0/rank0`), as `RegionActor.pids` names them."""
 
 
-class Brake(threading.Thread):
-    """Stops processes for some of the time, a slice after the other, all at once: ranks that meet in each step are as slow as
-    one machine would be.
+class Brake(Protocol):
+    """Makes processes slow, from `start` until `release`."""
+
+    def start(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class Quota:
+    """A quota of processor time for some processes together (CFS bandwidth control of Linux, cgroup version 1 or 2).
 
     Args:
         find: their process ids, asked when the brake is pulled.
-        duty: share of the time in which they may run.
+        duty: share of one core that each of them gets.
+
+    Raises:
+        OSError: this process may not make a cgroup.
     """
+
+    def __init__(self, find: Callable[[], list[int]], duty: float) -> None:
+        self._find, self._duty = find, duty
+        root = Path("/sys/fs/cgroup")
+        self._old = (root / "cpu").is_dir()
+        self._group = (root / "cpu" if self._old else root) / f"xcloud-{uuid.uuid4().hex[:8]}"
+        self._group.mkdir()
+        try:  # written now, so that whoever cannot may take signals
+            self._limit(duty)
+        except OSError:
+            self._group.rmdir()
+            raise
+
+    def start(self) -> None:
+        pids = self._find()
+        self._limit(self._duty * len(pids))
+        for pid in pids:
+            (self._group / "cgroup.procs").write_text(str(pid))
+
+    def release(self) -> None:
+        """Let the processes go on."""
+        home = self._group.parent / "cgroup.procs"
+        for pid in (self._group / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):  # it was ended with its region
+                home.write_text(pid)
+        self._group.rmdir()
+
+    def _limit(self, cores: float) -> None:
+        quota = int(cores * PERIOD_US)
+        if self._old:
+            (self._group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+            (self._group / "cpu.cfs_quota_us").write_text(str(quota))
+        else:
+            (self._group / "cpu.max").write_text(f"{quota} {PERIOD_US}")
+
+
+class Signals(threading.Thread):
+    """Stops processes for some of the time, a slice after the other, all at once: ranks that meet in each step are as slow as
+    one machine would be. Arguments as of `Quota`."""
 
     def __init__(self, find: Callable[[], list[int]], duty: float) -> None:
         super().__init__(daemon=True)
@@ -65,10 +121,18 @@ class Brake(threading.Thread):
             os.kill(pid, what)
 
     def release(self) -> None:
-        """Let the process go on."""
+        """Let the processes go on."""
         self._done.set()
         if self.is_alive():
             self.join()
+
+
+def best_brake(find: Callable[[], list[int]], duty: float) -> Brake:
+    """The best brake that there is here."""
+    try:
+        return Quota(find, duty)
+    except OSError:
+        return Signals(find, duty)
 
 
 class _Pull:
@@ -116,7 +180,7 @@ def play(
         found = ray.get(regions[region].actor.pids.remote())
         return [pid for name, pid in found.items() if part in (name, name.partition("/")[0])]
 
-    brakes = [Brake(partial(pids, *ranks), duty) for ranks, duty in duties.items()]
+    brakes = [best_brake(partial(pids, *ranks), duty) for ranks, duty in duties.items()]
     with tempfile.TemporaryDirectory() as scratch:
         folder = folder or Path(scratch)
         checkpoints = folder / "checkpoints"
